@@ -1,0 +1,58 @@
+# `make demo` and `make test` need Python 3.10 or newer and nothing else: they make .venv and install into it.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DOCS := README.md $(wildcard docs/*.md)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format typecheck readme bench clean
+
+help:
+	@echo "make demo       the main job on a pretrained network: splice, prove, strip"
+	@echo "make test       all tests"
+	@echo "make lint       ruff's checks and formatting (make format repairs)"
+	@echo "make typecheck  mypy --strict"
+	@echo "make readme     run the code blocks of README.md and docs/"
+	@echo "make bench      run the benchmarks"
+	@echo "make clean      delete .venv and everything else that was made here"
+
+demo: $(INSTALLED)
+	@$(BIN)/grl-surgery demo
+
+# Two workers with one thread each: as fast as two cores allow, without the two getting in each other's way.
+test: $(INSTALLED)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q $(ARGS)
+
+lint: $(INSTALLED)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: $(INSTALLED)
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+typecheck: $(INSTALLED)
+	@$(BIN)/mypy
+
+readme: $(INSTALLED)
+	@$(BIN)/python docs/run_blocks.py $(DOCS)
+
+bench: $(INSTALLED)
+	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	  echo "Python 3.10 or newer is needed, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || true)."; \
+	  echo "Name a newer one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@test -x $(BIN)/python || { echo "Creating $(VENV) with $$($(PYTHON) --version)"; \
+	  $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "Python's venv module is missing or broken (Debian and Ubuntu: apt install python3-venv)."; exit 1; }; }
+	@echo "Installing grl-surgery, PyTorch and the tools for the tests into $(VENV); this takes a few minutes, once"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,273 @@
+"""The graph edits behind surgery: a traced network and a list of cuts give the spliced graphs."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import fx, nn
+
+from grl_surgery.errors import AmbiguousPointError, PointNotFoundError, ShapeError, SurgeryError
+from grl_surgery.links import is_size, links, rewrite
+from grl_surgery.points import Edge, enclosing, match_name, near_names, split_items
+from grl_surgery.spliced_module import Cut, SplicedModule
+from grl_surgery.tracing import Trace, boundary, module_paths, trace
+
+__all__ = ["apply_cuts", "modules_to_open", "names_in", "replace_item", "retrace"]
+
+
+def modules_to_open(model: nn.Module, cuts: Sequence[Cut]) -> set[str]:
+    """Paths of the modules whose forwards enclose the cuts: all that has to be traced."""
+    paths = module_paths(model)
+    ends = (end for cut in cuts for end in names_in(cut))
+    return {paths[module] for end in ends for module in enclosing(end, paths)}
+
+
+def names_in(cut: Cut) -> tuple[str, ...]:
+    """The points that a cut names: one, or both ends of an edge."""
+    return (cut.at.source, cut.at.target) if isinstance(cut.at, Edge) else (cut.at,)
+
+
+def apply_cuts(
+    model: nn.Module,
+    cuts: Sequence[Cut],
+    *,
+    opened: Collection[str] = (),
+    given: Collection[str] = (),
+    lenient: bool = False,
+) -> Trace:
+    """Trace a network as deep as the cuts need and make them, in order.
+
+    Args:
+        model: The network; not changed. The modules that the cuts name need not exist yet.
+        cuts: What to splice in.
+        opened: Modules to trace through besides those that enclose a cut.
+        given: Arguments of the root's forward that stay arguments though they have a default.
+        lenient: Keep a module as one call where its forward cannot be traced.
+
+    Returns:
+        The trace, its graphs edited.
+
+    Raises:
+        PointNotFoundError, AmbiguousPointError: A cut names no place, or more than one.
+        ShapeError: The value there is a size, or a tuple of which one item must be chosen.
+        TracingError: A forward that encloses a cut cannot be traced.
+    """
+    traced = trace(model, modules_to_open(model, cuts) | set(opened), given=given, lenient=lenient)
+    for cut in cuts:
+        if sum([_cut(model, graph, cut, traced.names()) for graph in traced.graphs.values()]) == 0:
+            raise SurgeryError(
+                f"nothing uses the value {cut}, so a reversal there would have no effect",
+                choices=near_names(str(cut.at), traced.names()),
+            )
+    for graph in traced.graphs.values():
+        _erase_boundaries(graph)
+        graph.lint()
+    return traced
+
+
+def retrace(model: SplicedModule, opened: Collection[str]) -> Trace:
+    """The graphs of a spliced network again, traced deeper where that is possible."""
+    return apply_cuts(model._original, model.cuts, opened=opened, lenient=True)
+
+
+def _cut(model: nn.Module, graph: fx.Graph, cut: Cut, names: Sequence[str]) -> int:
+    """Make one cut in one graph; returns how many uses of a value it changed."""
+    if isinstance(cut.at, Edge):
+        slot = _edge_slot(graph, cut.at, *(_find(model, end, names) for end in (cut.at.source, cut.at.target)))
+        return _reverse_uses(model, graph, [slot] if slot else [], cut.module)
+    name, items = (cut.at, ()) if cut.at in names else split_items(cut.at)
+    name = _find(model, name if items else cut.at, names)
+    nodes = [node for node in graph.nodes if node.meta.get("point") == name]
+    if cut.kind == "before":
+        return _cut_before(model, graph, nodes, cut.module, name)
+    return sum(_cut_after(graph, value, rest, cut) for value, rest in _values(nodes, items, name))
+
+
+def _find(model: nn.Module, name: str, names: Sequence[str]) -> str:
+    if name in names:
+        return name
+    others = [path for path in module_paths(model) if not path.startswith("grl_")]
+    return match_name(name, names, others)
+
+
+# ------------------------------------------------------------------------------------------- after a point
+
+
+def _values(nodes: Sequence[fx.Node], items: tuple[Any, ...], name: str) -> Iterator[tuple[fx.Node, Any]]:
+    """The nodes that hold the value called ``name``, and which of its items is meant."""
+    leaving = [node for node in nodes if node.meta.get("boundary") == "out"]
+    for node in leaving or [node for node in nodes if "boundary" not in node.meta]:
+        held = node.meta.get("items", ())
+        if held == items[: len(held)]:
+            yield node, items[len(held) :]
+    if leaving and leaving[0].meta["items"] and not items:
+        keys = ["".join(f"[{key}]" for key in node.meta["items"]) for node in leaving]
+        raise ShapeError(
+            f"the value of {name!r} is made of {len(leaving)} tensors: choose one",
+            choices=[f"{name}{key}" for key in keys],
+            example=f"after={name + keys[0]!r}",
+        )
+
+
+def _cut_after(graph: fx.Graph, value: fx.Node, items: tuple[Any, ...], cut: Cut) -> int:
+    if value.op == "output":
+        raise SurgeryError("nothing comes after the output", example="before='output'")
+    if is_size(value):
+        raise ShapeError(f"the value of {cut.at!r} is a size, not a tensor: no gradient flows through it")
+    users = list(value.users)
+    with _inserting_after(graph, value):
+        holders = [value]
+        for key in items:
+            holders.append(graph.call_function(operator.getitem, (holders[-1], key)))
+        changed = _call(graph, cut.module, holders[-1])
+        for holder, key in zip(reversed(holders[:-1]), reversed(items), strict=True):
+            changed = graph.call_function(replace_item, (holder, key, changed))
+    for user in users:
+        user.replace_input_with(value, changed)
+    return len(users)
+
+
+def replace_item(value: Any, key: Any, item: Any) -> Any:
+    """``value`` with one item exchanged; the tuple, list or mapping itself is not changed.
+
+    Example:
+        >>> replace_item(("a", "b"), 1, "c")
+        ('a', 'c')
+    """
+    if isinstance(value, tuple):
+        items = list(value)
+        items[key] = item
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    changed = copy.copy(value)
+    changed[key] = item
+    return changed
+
+
+def _call(graph: fx.Graph, module: str, value: fx.Node) -> fx.Node:
+    """A call of a spliced module, which is a point as well."""
+    node = graph.call_module(module, (value,))
+    node.meta.update(point=module, base=module, spliced=True)
+    return node
+
+
+def _inserting_after(graph: fx.Graph, node: fx.Node) -> AbstractContextManager[None]:
+    """Insert behind the node; behind all arguments of forward if it is one."""
+    while node.op == "placeholder" and node.next.op == "placeholder":
+        node = node.next
+    return graph.inserting_after(node)
+
+
+# -------------------------------------------------------------------------- before a point, and on one edge
+
+Slot = tuple[fx.Node, str]  # a node, and which of its arguments
+
+
+def _cut_before(
+    model: nn.Module, graph: fx.Graph, nodes: Sequence[fx.Node], module: str, name: str
+) -> int:
+    entering = [node for node in nodes if node.meta.get("boundary", "in") == "in"]
+    slots = [(node, arg) for node in entering for arg, source in links(node) if not is_size(source)]
+    if nodes and not slots:
+        raise SurgeryError(f"nothing flows into {name!r}", example=f"after={name!r}")
+    return _reverse_uses(model, graph, slots, module)
+
+
+def _edge_slot(graph: fx.Graph, edge: Edge, source: str, target: str) -> Slot | None:
+    """Where in the graph the edge ends; None where this graph has no such node."""
+    nodes = [n for n in graph.nodes if n.meta.get("point") == target and n.meta.get("boundary") != "out"]
+    arriving = [
+        (node, arg, node.meta.get("arg") or arg, _names_behind(value))
+        for node in nodes
+        for arg, value in links(node)
+    ]
+    found = [(node, arg, shown) for node, arg, shown, behind in arriving if source in behind]
+    if edge.arg:
+        found = [row for row in found if row[2] == edge.arg]
+    if len(found) > 1:
+        raise AmbiguousPointError(
+            f"{target!r} uses {source!r} {len(found)} times, so the pair of names does not say which use",
+            choices=[f"Edge({source!r}, {target!r}, {shown!r})" for _, _, shown in found],
+            example=f"edge=grl_surgery.Edge({source!r}, {target!r}, {found[0][2]!r})",
+        )
+    if nodes and not found:
+        ends = [f"{behind[-1]} -> {target}" for *_, behind in arriving if behind]
+        raise PointNotFoundError(
+            f"{target!r} does not use the value of {source!r}" + (f" as {edge.arg!r}" if edge.arg else ""),
+            choices=near_names(str(edge), ends) or ends[:5],
+            example=f"edge={ends[0]!r}" if ends else None,
+        )
+    return found[0][:2] if found else None
+
+
+def _names_behind(value: fx.Node) -> list[str]:
+    """Names of all points whose value this is: marks and spliced modules pass it through."""
+    names = [value.meta["point"]] if "point" in value.meta else []
+    while value.target is boundary or value.meta.get("spliced"):
+        value = value.args[0]  # type: ignore[assignment]
+        names += [value.meta["point"]] if "point" in value.meta else []
+    return names
+
+
+def _reverse_uses(model: nn.Module, graph: fx.Graph, slots: Sequence[Slot], module: str) -> int:
+    """Put the spliced module between each of these uses and its value; one call for each value."""
+    calls: dict[fx.Node, fx.Node] = {}
+    for user, arg in slots:
+
+        def change(place: str, source: fx.Node, user: fx.Node = user, arg: str = arg) -> fx.Node:
+            if place != arg:
+                return source
+            if source not in calls:
+                with graph.inserting_before(user):
+                    calls[source] = _call(graph, module, source)
+            return calls[source]
+
+        rewrite(user, change)
+    for source, call in calls.items():
+        _follow_in_place(model, source, call)
+    return len(slots)
+
+
+def _follow_in_place(model: nn.Module, source: fx.Node, call: fx.Node) -> None:
+    """Where the reversed value is overwritten, later uses of the original mean the overwritten value.
+
+    Both share memory, so they would see it anyway; autograd has to be told.
+    """
+    for user in list(call.users):
+        if not _overwrites_first(model, user) or user.args[0] is not call:
+            continue
+        later = user.next
+        while later.op != "root":
+            if later is not call:
+                later.replace_input_with(source, user)
+            later = later.next
+
+
+def _overwrites_first(model: nn.Module, node: fx.Node) -> bool:
+    """Whether the node is known to change its first argument in place and to return it."""
+    if not node.args:
+        return False
+    if node.op == "call_module":
+        return getattr(model.get_submodule(str(node.target)), "inplace", False) is True
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    in_place_operator = getattr(node.target, "__module__", "") == "_operator" and name in _IN_PLACE
+    return in_place_operator or (name.endswith("_") and not name.endswith("__")) or _asks_in_place(node, name)
+
+
+_IN_PLACE = frozenset(name for name in dir(operator) if name.startswith("i") and name[1:] in dir(operator))
+
+
+
+def _asks_in_place(node: fx.Node, name: str) -> bool:
+    positional = node.args[-1] if name in ("relu", "relu6", "hardswish", "silu", "mish") else False
+    return node.op == "call_function" and (node.kwargs.get("inplace") is True or positional is True)
+
+
+def _erase_boundaries(graph: fx.Graph) -> None:
+    for node in list(graph.nodes):
+        if node.target is boundary:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)

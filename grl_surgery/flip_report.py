@@ -1,0 +1,160 @@
+"""The result of a verification: what was predicted, what was measured, and the verdict in plain words."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from grl_surgery.errors import FlipError
+
+__all__ = ["FlipReport", "ParameterFlip", "ReversalFlip"]
+
+Kind = Literal["flipped", "unchanged", "mixed", "unreached", "no signal", "wrong"]
+
+
+@dataclass(frozen=True)
+class ParameterFlip:
+    """One parameter under one objective.
+
+    Args:
+        name: As in ``named_parameters()``.
+        shape: Of the parameter.
+        predicted: What the graph says: flipped, unchanged, mixed, unreached; or unknown, where the parameter
+            lies outside the graph and only the oracle speaks.
+        measured: What autograd did. ``no signal``: the gradient is zero with and without the reversal, which
+            proves nothing. ``wrong``: neither the prediction nor the oracle.
+        ok: Whether the two agree.
+        note: What is wrong, in words.
+        objective: ``output``, or the name of a head.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    predicted: str
+    measured: Kind
+    ok: bool
+    note: str = ""
+    objective: str = "output"
+
+
+@dataclass(frozen=True)
+class ReversalFlip:
+    """One reversal.
+
+    Args:
+        name: As in ``reversals(model)``.
+        where: The point or edge it stands at.
+        coeff: Its coefficient when it was verified.
+        ok: Whether the gradient that leaves it is -coeff times the one that enters, bit for bit, and not zero.
+        note: What is wrong, in words.
+    """
+
+    name: str
+    where: str
+    coeff: float
+    ok: bool
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class FlipReport:
+    """Whether exactly the right gradients flip.
+
+    Args:
+        parameters: Every parameter, under every objective.
+        reversals: Every reversal.
+        forward_identical: Whether each output equals the reference's, bit for bit.
+        mode: ``train``, ``eval`` or ``mixed``, as the network was verified.
+        problems: Whatever makes it fail that belongs to no single parameter or reversal.
+    """
+
+    parameters: tuple[ParameterFlip, ...]
+    reversals: tuple[ReversalFlip, ...]
+    forward_identical: bool
+    mode: str
+    problems: tuple[str, ...] = field(default=())
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything holds."""
+        return not self.failures
+
+    @property
+    def failures(self) -> list[str]:
+        """Everything that does not hold, one sentence each."""
+        return [
+            *self.problems,
+            *([] if self.forward_identical else ["the forward differs from the reference"]),
+            *(f"reversal {row.name} ({row.where}): {row.note}" for row in self.reversals if not row.ok),
+            *(f"parameter {row.name}: {row.note}" for row in self.parameters if not row.ok),
+        ]
+
+    @property
+    def verdict(self) -> str:
+        """One sentence with the counts."""
+        upstream = [row for row in self.parameters if row.predicted == "flipped" or row.measured == "flipped"]
+        flipped = sum(row.measured == "flipped" and row.ok for row in upstream)
+        total = len([row for row in upstream if row.measured != "no signal"])
+        count = Counter(row.measured for row in self.parameters)
+        parts = [f"{flipped} of {total} upstream parameters flipped, bit for bit"]
+        parts += [f"{count['unchanged']} downstream unchanged"] if count["unchanged"] else []
+        parts += [f"{count['mixed']} mixed as predicted"] if count["mixed"] else []
+        parts += [f"{count['unreached']} unreached"] if count["unreached"] else []
+        parts += [f"{count['no signal']} without signal"] if count["no signal"] else []
+        parts += [f"{count['wrong']} WRONG"] if count["wrong"] else []
+        parts += ["forward identical" if self.forward_identical else "forward DIFFERS"]
+        return "; ".join(parts)
+
+    def raise_if_failed(self) -> FlipReport:
+        """Return the report if it is good.
+
+        Raises:
+            FlipError: Naming what did not flip as it should.
+        """
+        if self.ok:
+            return self
+        shown = self.failures[:8]
+        more = len(self.failures) - len(shown)
+        lines = [self.verdict, *(f"- {line}" for line in shown), *([f"- and {more} more"] if more else [])]
+        raise FlipError("\n".join(lines))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data, ready for JSON."""
+        return {"ok": self.ok, "verdict": self.verdict, **asdict(self)}
+
+    def notable(self, most: int = 12) -> list[ParameterFlip]:
+        """The parameters worth looking at: what is wrong, then mixed, then without signal."""
+        ranks = {"wrong": 0, "mixed": 2, "no signal": 3}
+        rows = [row for row in self.parameters if not row.ok or row.measured in ranks]
+        return sorted(rows, key=lambda row: 0 if not row.ok else ranks[row.measured])[:most]
+
+    def __str__(self) -> str:
+        """The verdict, the reversals, and only the parameters worth looking at, in 100 columns."""
+        from rich.console import Console
+
+        console = Console(file=io.StringIO(), width=100, color_system=None, legacy_windows=False)
+        console.print(self)
+        return console.file.getvalue().rstrip("\n")  # type: ignore[attr-defined, no-any-return]
+
+    def __rich_console__(self, console: Any, options: Any) -> Any:
+        from rich.markup import escape
+        from rich.table import Table
+
+        yield f"[bold {'green' if self.ok else 'red'}]{'OK' if self.ok else 'FAILED'}[/]  {escape(self.verdict)}"
+        for problem in self.problems:
+            yield f"[red]{escape(problem)}[/]"
+        table = Table("reversal", "where", "coeff", "flip", box=None, pad_edge=False, title_justify="left")
+        for row in self.reversals:
+            table.add_row(row.name, escape(row.where), f"{row.coeff:g}", "exact" if row.ok else row.note)
+        yield ""
+        yield table
+        rows = self.notable()
+        if rows:
+            details = Table("parameter", "shape", "predicted", "measured", "", box=None, pad_edge=False)
+            for item in rows:
+                shape = "x".join(map(str, item.shape)) or "0-d"
+                details.add_row(item.name, shape, item.predicted, item.measured, escape(item.note))
+            yield ""
+            yield details

@@ -1,0 +1,146 @@
+"""An input that a network accepts, found from what the network or its library says about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from grl_surgery.errors import SurgeryError
+
+__all__ = ["as_inputs", "example_inputs"]
+
+# Batch norm in train mode needs more than one value per channel.
+BATCH = 2
+
+
+def example_inputs(model: nn.Module) -> tuple[Any, ...] | None:
+    """Positional arguments that ``model`` accepts, the same at every call; None where nothing says which.
+
+    An attribute (or method without arguments) ``example_inputs`` of the model is used as it is. Otherwise
+    the shapes come from timm's or torchvision's metadata, for a batch of two, on the device and with the
+    dtype of the model's parameters. The global random state is not touched.
+
+    Example:
+        >>> import timm
+        >>> [tuple(x.shape) for x in example_inputs(timm.create_model("test_vit"))]
+        [(2, 3, 160, 160)]
+
+    Args:
+        model: A network of timm or torchvision, or one that has the attribute ``example_inputs``. A graph
+            made of a torchvision network says which in ``meta["original_class"]``, by its full name.
+
+    Returns:
+        A tuple to call the model with: tensors, or what torchvision's detection models take (a list of
+        images and a list of targets, which train mode needs).
+
+    Raises:
+        SurgeryError: The model's own ``example_inputs`` is not a tensor, tuple or list.
+    """
+    own = getattr(model, "example_inputs", None)
+    if own is not None:
+        return as_inputs(own() if callable(own) else own)
+    size = _timm_size(model)
+    if size is not None:
+        return _images(model, size)
+    return _torchvision_inputs(model)
+
+
+def as_inputs(value: object) -> tuple[Any, ...]:
+    """One tensor, or several in a tuple or list, as the tuple to call a model with.
+
+    Example:
+        >>> len(as_inputs(torch.zeros(2, 3)))
+        1
+
+    Raises:
+        SurgeryError: ``value`` is something else.
+    """
+    if isinstance(value, torch.Tensor):
+        return (value,)
+    if isinstance(value, (tuple, list)):
+        return tuple(value)
+    raise SurgeryError(
+        f"example inputs are a tensor or a tuple of them, not {type(value).__name__}",
+        example="model.example_inputs = (torch.randn(2, 3, 224, 224),)",
+    )
+
+
+def _timm_size(model: nn.Module) -> tuple[int, ...] | None:
+    """(C, H, W) of a timm model as it was built, which may differ from what its weights were trained at."""
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    if not isinstance(config, Mapping) or not config.get("input_size"):
+        return None
+    channels, *size = config["input_size"]
+    built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    return (getattr(model, "in_chans", channels), *(built_for or size))
+
+
+def _torchvision_inputs(model: nn.Module) -> tuple[Any, ...] | None:
+    """By the model's class: torchvision keeps its metadata with the weights, not with the model."""
+    name = (
+        getattr(model, "meta", {}).get("original_class")
+        or f"{type(model).__module__}.{type(model).__qualname__}"
+    )
+    package, _, kind = name.rpartition(".")
+    if not package.startswith("torchvision.models."):
+        return None
+    if package.startswith("torchvision.models.detection."):
+        return _detection(model)
+    if kind == "VisionTransformer":
+        size: Any = model.image_size
+        return _images(model, (3, size, size))
+    if kind == "RAFT":
+        return _images(model, (3, 128, 128), count=2)
+    return _images(model, _TORCHVISION_SIZES.get(kind, (3, 224, 224)))
+
+
+# Segmentation networks are trained at 520 x 520 and accept any size: the default keeps them fast.
+_TORCHVISION_SIZES: dict[str, tuple[int, ...]] = {
+    "Inception3": (3, 299, 299),
+    "QuantizableInception3": (3, 299, 299),
+    "VideoResNet": (3, 8, 112, 112),
+    "SwinTransformer3d": (3, 8, 112, 112),
+    "S3D": (3, 16, 224, 224),
+    "MViT": (3, 16, 224, 224),
+}
+
+
+def _images(model: nn.Module, size: tuple[int, ...], *, count: int = 1) -> tuple[torch.Tensor, ...]:
+    generator = _generator()
+    drawn = [torch.randn(BATCH, *size, generator=generator, device="cpu") for _ in range(count)]
+    return tuple(_like_parameters(model, value) for value in drawn)
+
+
+def _detection(model: nn.Module) -> tuple[Any, ...]:
+    generator = _generator()
+    images = [
+        _like_parameters(model, torch.rand(3, 224, 224, generator=generator, device="cpu"))
+        for _ in range(BATCH)
+    ]
+    return images, [_target(model, image) for image in images]
+
+
+def _target(model: nn.Module, image: torch.Tensor) -> dict[str, torch.Tensor]:
+    """One labelled box, with a mask and keypoints where the model learns them."""
+    target = {
+        "boxes": image.new_tensor([[40.0, 30.0, 180.0, 200.0]]),
+        "labels": torch.ones(1, dtype=torch.int64, device=image.device),
+    }
+    heads = getattr(model, "roi_heads", None)
+    if getattr(heads, "mask_head", None) is not None:
+        target["masks"] = torch.ones(1, *image.shape[1:], dtype=torch.uint8, device=image.device)
+    if getattr(heads, "keypoint_head", None) is not None:
+        target["keypoints"] = image.new_tensor([[[100.0, 100.0, 1.0]] * 17])
+    return target
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator(device="cpu").manual_seed(0)
+
+
+def _like_parameters(model: nn.Module, value: torch.Tensor) -> torch.Tensor:
+    weight = next((p for p in model.parameters() if p.is_floating_point()), None)
+    return value if weight is None else value.to(weight.device, weight.dtype)

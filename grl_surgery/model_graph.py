@@ -1,0 +1,195 @@
+"""A network's graph as plain values: what can be cut, and where."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import warnings
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from grl_surgery.cutting import retrace
+from grl_surgery.errors import SurgeryError
+from grl_surgery.inputs import example_inputs as known_inputs
+from grl_surgery.links import links, origin
+from grl_surgery.points import Edge, GraphNode
+from grl_surgery.sharing import share_copy
+from grl_surgery.spliced_module import SplicedModule
+from grl_surgery.tracing import boundary, is_building_block, operation, trace
+
+__all__ = ["ModelGraph", "bind_inputs", "describe", "edges_into"]
+
+
+@dataclass(frozen=True)
+class ModelGraph:
+    """What a network's forward does, one node for each module call and each other operation.
+
+    Args:
+        name: Class of the network.
+        nodes: In the order of execution.
+        edges: Every use of a value, in the order of execution.
+    """
+
+    name: str
+    nodes: tuple[GraphNode, ...]
+    edges: tuple[Edge, ...]
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+    def to_json(self) -> str:
+        """The graph as JSON: ``{"name", "nodes", "edges"}``."""
+        return json.dumps(asdict(self), indent=1)
+
+    def under(self, path: str) -> ModelGraph:
+        """The part of the graph that lies in the module at ``path``."""
+        nodes = tuple(n for n in self.nodes if n.name == path or n.name.startswith(f"{path}."))
+        names = {node.name for node in nodes}
+        return ModelGraph(self.name, nodes, tuple(e for e in self.edges if {e.source, e.target} & names))
+
+
+def describe(model: nn.Module, depth: int | None = 1, example_inputs: Any = None) -> ModelGraph:
+    """The graph of a network, with shapes where example inputs are known.
+
+    Example:
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
+        >>> [node.name for node in describe(net).nodes]
+        ['input', '0', '1', 'output']
+
+    Args:
+        model: The network; not changed.
+        depth: 1 shows what the network's own forward does, 2 what happens in its children as well, and so
+            on; None goes all the way down. A module whose forward cannot be traced stays one node.
+        example_inputs: Arguments of forward, to learn shapes from; by default those that timm or
+            torchvision declare for this network. Nothing is computed: shapes are propagated symbolically.
+
+    Raises:
+        SurgeryError: ``depth`` is not a positive number.
+        TracingError: The network's own forward cannot be traced.
+    """
+    if depth is not None and (not isinstance(depth, int) or depth < 1):
+        raise SurgeryError(
+            f"depth must be 1 or more, or None for all levels; got {depth!r}", example="depth=2"
+        )
+    graph, constants = _graph_of(model, depth)
+    inputs = (
+        example_inputs if example_inputs is not None else known_inputs(getattr(model, "_original", model))
+    )
+    shapes = {} if inputs is None else _shapes(model, graph, constants, bind_inputs(graph, inputs))
+    named = [node for node in graph.nodes if "point" in node.meta and node.target is not boundary]
+    return ModelGraph(
+        type(model).__name__,
+        tuple(_describe_node(model, node, shapes.get(node)) for node in named),
+        tuple(edge for node in named for edge in edges_into(node)),
+    )
+
+
+def edges_into(node: fx.Node) -> list[Edge]:
+    """The edges that end in ``node``; where it is the mark of a traced module, those into that module."""
+    arg = node.meta.get("arg")
+    return [
+        Edge(origin(source).meta["point"], node.meta["point"], arg or place)
+        for place, source in links(node)
+        if "point" in origin(source).meta
+    ]
+
+
+def _graph_of(model: nn.Module, depth: int | None) -> tuple[fx.Graph, dict[str, torch.Tensor]]:
+    """The graph that the present mode runs."""
+    if isinstance(model, SplicedModule) and depth == 1:
+        return model.graph, {}
+    paths = [path for path, module in model.named_modules() if path and not is_building_block(module)]
+    opened = {path for path in paths if depth is None or path.count(".") + 1 < depth}
+    traced = (
+        retrace(model, opened) if isinstance(model, SplicedModule) else trace(model, opened, lenient=True)
+    )
+    flags = tuple(model.get_submodule(path).training for path in traced.steering)
+    return traced.graphs.get(flags) or next(iter(traced.graphs.values())), traced.constants
+
+
+def _describe_node(model: nn.Module, node: fx.Node, shape: tuple[int, ...] | None) -> GraphNode:
+    name = node.meta["point"]
+    if node.op == "call_module":
+        module = model.get_submodule(str(node.target))
+        elements = sum(parameter.numel() for parameter in module.parameters())
+        return GraphNode(name, node.op, type(module).__name__, shape, elements)
+    kind = operation(node) if node.op.startswith("call_") else node.op
+    return GraphNode(name, node.op, kind, shape)
+
+
+# --------------------------------------------------------------------------------------------- shapes
+
+
+def bind_inputs(graph: fx.Graph, example_inputs: Any) -> list[Any]:
+    """Values for the graph's placeholders, in order: from one tensor, a tuple, or a dict by name.
+
+    Raises:
+        SurgeryError: More than the forward takes, a name that it does not have, or one missing.
+    """
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    names = [str(node.target) for node in placeholders]
+    if isinstance(example_inputs, dict):
+        given = dict(example_inputs)
+    else:
+        values = example_inputs if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
+        given = dict(zip(names, values, strict=False))
+        if len(values) > len(names):
+            raise SurgeryError(
+                f"{len(values)} example inputs for a forward of {len(names)}: {', '.join(names)}"
+            )
+    unknown = [name for name in given if name not in names]
+    missing = [str(node.target) for node in placeholders if not node.args and node.target not in given]
+    if unknown or missing:
+        raise SurgeryError(
+            f"example_inputs {'have no ' + repr(missing[0]) if missing else 'name ' + repr(unknown[0])}: "
+            f"the forward takes {', '.join(names)}",
+            example=f"example_inputs={{{names[0]!r}: torch.randn(...)}}" if names else None,
+        )
+    return [given.get(str(node.target), *node.args) for node in placeholders]
+
+
+def _shapes(
+    model: nn.Module, graph: fx.Graph, constants: dict[str, torch.Tensor], inputs: list[Any]
+) -> dict[fx.Node, tuple[int, ...]]:
+    """Output shapes of as many nodes as can be run on tensors without data."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tree = _without_data(model, mode)
+        for name, tensor in constants.items():
+            tree.register_buffer(name, mode.from_tensor(tensor))
+        recorder = _ShapeRecorder(tree, graph=graph)
+        fake = pytree.tree_map_only(torch.Tensor, mode.from_tensor, inputs)
+        with contextlib.suppress(Exception):  # code that looks at values cannot run on none
+            recorder.run(*fake)
+    return recorder.shapes
+
+
+def _without_data(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """The model's tree with tensors that have shapes only."""
+    tree = share_copy(model)
+    for module in tree.modules():
+        for holder in (module._parameters, module._buffers):
+            for name, tensor in holder.items():
+                if tensor is not None:
+                    holder[name] = mode.from_tensor(tensor, static_shapes=True)
+    return tree
+
+
+class _ShapeRecorder(fx.Interpreter):
+    """Runs a graph and keeps the shape of each tensor in it."""
+
+    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(module, graph=graph)
+        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, torch.Tensor):
+            self.shapes[n] = tuple(value.shape)
+        return value

@@ -1,0 +1,123 @@
+"""What the gradients should be: the unspliced network with tensor hooks where the recipe says reversal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from grl_surgery.cutting import apply_cuts
+from grl_surgery.links import is_size, links
+from grl_surgery.reversal import GradientReversal
+from grl_surgery.sharing import share_copy
+from grl_surgery.spliced_module import Cut, SplicedModule
+
+__all__ = ["HookReversal", "predict", "recipes", "with_reversals"]
+
+Factors = frozenset[int]
+
+
+class HookReversal(nn.Module):
+    """A reversal with coefficient 1 made of a tensor hook alone, sharing no code with GradientReversal."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Copy ``x``; its gradient comes back negated."""
+        y = x.clone()
+        if y.requires_grad:
+            y.register_hook(torch.neg)
+        return y
+
+
+def recipes(model: nn.Module) -> dict[str, tuple[Cut, ...]]:
+    """What was spliced into each module that is a graph of ours, by its path; ``""`` is the root."""
+    return {path: m.cuts for path, m in model.named_modules() if isinstance(m, SplicedModule)}
+
+
+def with_reversals(
+    model: nn.Module,
+    reference: nn.Module,
+    make: Callable[[], nn.Module],
+) -> nn.Module:
+    """The reference with ``make()`` where the recipe of ``model`` says that there is a reversal.
+
+    The graphs of ``model`` itself are not used: the reference is traced again and cut again. A reversal that
+    the user wrote into the network himself is exchanged where it stands.
+    """
+    tree = share_copy(reference)
+    for path, cuts in sorted(recipes(model).items(), key=lambda item: -len(item[0])):
+        host = tree.get_submodule(path)
+        for cut in cuts:
+            host.add_module(cut.module, make())
+        spliced = SplicedModule(host, apply_cuts(host, cuts), cuts)
+        if not path:
+            tree = spliced
+        else:
+            parent, _, name = path.rpartition(".")
+            tree.get_submodule(parent)._modules[name] = spliced
+    for module in list(tree.modules()):
+        for name, child in module._modules.items():
+            if isinstance(child, GradientReversal):
+                module._modules[name] = make()
+    return tree
+
+
+# ------------------------------------------------------------------------------------------ prediction
+
+
+def predict(oracle: nn.Module) -> dict[int, Factors]:
+    """What the graph says of each parameter: the signs of all paths from it to the output.
+
+    Args:
+        oracle: Result of :func:`with_reversals`.
+
+    Returns:
+        From ``id(parameter)`` to ``{1}`` (unchanged), ``{-1}`` (flipped), both (mixed) or none (unreached).
+        Empty where the root is no graph: nothing is known of what surrounds the graph then.
+    """
+    if not isinstance(oracle, SplicedModule):
+        return {}
+    reversed_by = {cut.module for cut in oracle.cuts}
+    known: dict[int, Factors] = {id(parameter): frozenset() for parameter in oracle.parameters()}
+    for node, factors in _signs(oracle.graph, reversed_by).items():
+        for parameter in _parameters_of(oracle, node):
+            known[id(parameter)] |= factors
+    return known
+
+
+def _signs(graph: fx.Graph, reversed_by: set[str]) -> dict[fx.Node, Factors]:
+    """For each node the signs of all paths from its value to the output."""
+    signs: dict[fx.Node, set[int]] = {node: set() for node in graph.nodes}
+    for node in reversed(graph.nodes):
+        if node.op == "output":
+            signs[node] = {1}
+        if is_size(node) or (node.op == "call_method" and node.target == "detach"):
+            signs[node] = set()
+        flip = -1 if node.op == "call_module" and node.target in reversed_by else 1
+        for _, source in links(node):
+            signs[source] |= {flip * sign for sign in signs[node]}
+    return {node: frozenset(found) for node, found in signs.items()}
+
+
+def _parameters_of(model: nn.Module, node: fx.Node) -> list[nn.Parameter]:
+    if node.op == "call_module":
+        return list(model.get_submodule(str(node.target)).parameters())
+    if node.op == "get_attr":
+        owner, _, name = str(node.target).rpartition(".")
+        value: Any = getattr(model.get_submodule(owner), name, None)
+        return [value] if isinstance(value, nn.Parameter) else []
+    return []
+
+
+def in_words(factors: Factors | None) -> str:
+    """``flipped``, ``unchanged``, ``mixed``, ``unreached``, or ``unknown`` where nothing was predicted."""
+    names: Mapping[Factors, str] = {
+        frozenset({-1}): "flipped",
+        frozenset({1}): "unchanged",
+        frozenset({1, -1}): "mixed",
+        frozenset(): "unreached",
+    }
+    return "unknown" if factors is None else names[factors]
+
+

@@ -1,0 +1,472 @@
+"""Gradient reversal: the identity forwards, minus coeff times the gradient backwards.
+
+This is the only autograd code of the library. A reversal written as a plain `torch.autograd.Function`
+vanishes without a word when a network is traced or exported, so `reverse_gradient` looks at who is calling:
+
+1. something that intercepts torch functions (a `torch.fx` tracer, a tensor subclass): hand it the call whole;
+2. something that records operators (`torch.compile`, `torch.export`, `torch.jit.trace`, `make_fx`): the
+   operator `torch.ops.grl_surgery.reverse_gradient`, which stays in the graph and carries its gradient along;
+3. plain execution, also under `torch.func` transforms: an autograd function that copies nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import numbers
+import sys
+from collections.abc import Iterator
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch._decomp import register_decomposition
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.overrides import handle_torch_function, has_torch_function
+
+from grl_surgery.errors import ShapeError, SurgeryError
+
+__all__ = ["GradientReversal", "reversal_disabled", "reverse_gradient"]
+
+
+def reverse_gradient(x: Tensor, coeff: float | Tensor = 1.0) -> Tensor:
+    """Returns `x` unchanged and multiplies the gradient that flows back through it by `-coeff`.
+
+    The result shares the memory of `x`: nothing is copied, and an in-place operation on the result is also
+    seen through `x`. Where nothing else reads `x` that is harmless (`ReLU(inplace=True)` may follow). Where
+    something else does, such as another branch of the network, clone first. Where `x` is a leaf that requires
+    grad, or a view of one, an in-place operation on the result raises an error, as it does on the leaf. In a
+    compiled or exported graph, and for such a leaf under a `torch.func` transform, the result has memory of
+    its own.
+
+    The gradient that leaves is `(grad * -coeff).to(grad.dtype)`, with the value that `coeff` had in the
+    forward. The coefficient itself receives no gradient.
+
+    Example:
+        >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> reverse_gradient(x * 3.0, coeff=0.5).sum().backward()
+        >>> x.grad
+        tensor([-1.5000, -1.5000])
+
+    Args:
+        x: Any floating point or complex tensor.
+        coeff: The lambda of Ganin et al., "Domain-Adversarial Training of Neural Networks" (JMLR 2016): a
+            finite number that is not negative, a 0-d tensor, or a `(B,)` tensor with one coefficient for each
+            of the `B` samples along the first dimension of `x`. The values of a tensor are not checked, since
+            reading them would make the host wait for the device.
+
+    Returns:
+        A tensor equal to `x` bit for bit.
+
+    Raises:
+        ShapeError: `x` is not a tensor or cannot have a gradient, or `coeff` has none of the shapes above.
+        SurgeryError: `coeff` is negative, infinite, nan, or not a real number at all.
+    """
+    if has_torch_function((x, coeff)):
+        return handle_torch_function(reverse_gradient, (x, coeff), x, coeff=coeff)
+    _check_input(x)
+    if isinstance(coeff, Tensor):
+        coeff = _per_sample(coeff, x)
+    else:
+        _check_number(coeff)
+    if _is_recording():
+        return _with_operator(x, coeff)
+    return cast(Tensor, _Reversal.apply(x, coeff, _alias_kind(x)))
+
+
+class GradientReversal(nn.Module):
+    """The identity whose gradient is multiplied by `-coeff`, as a layer.
+
+    `layer.coeff` is a 0-d float32 buffer and the only place where the coefficient lives. It is not part of
+    the state_dict, so that a network has the same checkpoints with and without the layer. It follows the
+    device and dtype of the module as every buffer does (after `to_empty`, set it again), and changing its
+    value never recompiles anything.
+
+    Example:
+        >>> layer = GradientReversal(coeff=0.5)
+        >>> layer.set_coeff(0.25)
+        >>> layer
+        GradientReversal(coeff=0.25)
+
+    Args:
+        coeff: A finite number that is not negative, or a 0-d tensor holding one.
+
+    Raises:
+        SurgeryError: `coeff` is negative, infinite, nan, or not a real number at all.
+        ShapeError: `coeff` is a tensor with dimensions.
+    """
+
+    coeff: Tensor
+
+    # The coefficient itself while `reversal_disabled` has put a stand-in into its place.
+    _suspended: Tensor | None = None
+
+    def __init__(self, coeff: float | Tensor = 1.0) -> None:
+        super().__init__()
+        _check_scalar(coeff)
+        value = coeff.detach().clone() if isinstance(coeff, Tensor) else torch.tensor(float(coeff))
+        self.register_buffer("coeff", value.to(torch.float32), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns `x`; see `reverse_gradient`."""
+        return reverse_gradient(x, self.coeff)
+
+    def set_coeff(self, coeff: float | Tensor) -> None:
+        """Writes a new coefficient into the buffer, with no recompilation and no wait for a device.
+
+        Set it before a forward. A backward still to come from an earlier forward keeps the old coefficient;
+        where that forward was compiled, the backward raises autograd's error about a modified tensor instead.
+        Inside `reversal_disabled` the new coefficient takes effect when the context ends.
+
+        Example:
+            >>> layer = GradientReversal()
+            >>> layer.set_coeff(0.3)
+            >>> layer
+            GradientReversal(coeff=0.3)
+
+        Args:
+            coeff: A finite number that is not negative, or a 0-d tensor holding one. The value of a tensor is
+                checked where it lies in the memory of the host.
+
+        Raises:
+            SurgeryError: `coeff` is negative, infinite, nan, or not a real number at all.
+            ShapeError: `coeff` is a tensor with dimensions.
+        """
+        _check_scalar(coeff)
+        with torch.no_grad():
+            self._own_coeff().fill_(coeff)
+
+    def extra_repr(self) -> str:
+        """Returns the argument that rebuilds the layer; `?` where it has no value, as on the meta device."""
+        return f"coeff={_shown(self._own_coeff())}" + ("" if self._suspended is None else ", disabled")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy made inside `reversal_disabled` has no context that would ever enable it again, and a shallow
+        # copy that shared its dict of buffers would be disabled together with this layer.
+        buffers = {**self._buffers, "coeff": self._own_coeff()}
+        return {**self.__dict__, "_buffers": buffers, "_suspended": None}
+
+    def _own_coeff(self) -> Tensor:
+        return self.coeff if self._suspended is None else self._suspended
+
+    def _suspend(self) -> None:
+        # Another tensor, not another value: a compiled graph that waits for its backward holds the tensor.
+        self._suspended = self.coeff
+        self.coeff = torch.full_like(self.coeff, -1.0)
+
+    def _resume(self) -> None:
+        # Only what is in the buffer moves along when the module is moved.
+        self.coeff = self._own_coeff().to(device=self.coeff.device, dtype=self.coeff.dtype)
+        self._suspended = None
+
+
+@contextlib.contextmanager
+def reversal_disabled(model: nn.Module) -> Iterator[None]:
+    """Makes every `GradientReversal` in `model` the identity for the gradient too, until the context ends.
+
+    What counts is where the forward runs: the backward of a forward inside is not reversed, wherever it runs.
+    Nothing is recompiled, contexts nest, and an exception ends one like any other exit. Reversals written as
+    calls of `reverse_gradient` are not affected.
+
+    Inside, `layer.coeff` reads -1, the coefficient of an identity, and `repr(layer)` shows the coefficient to
+    come back and the word disabled. `layer.set_coeff` sets the one to come back; writing into `layer.coeff`
+    itself is lost at the end. Copies and pickles made inside are not disabled.
+
+    Example:
+        >>> model = nn.Sequential(GradientReversal(coeff=0.5))
+        >>> x = torch.ones(1, requires_grad=True)
+        >>> with reversal_disabled(model):
+        ...     torch.autograd.grad(model(x), x)
+        (tensor([1.]),)
+        >>> torch.autograd.grad(model(x), x)
+        (tensor([-0.5000]),)
+
+    Args:
+        model: A network, compiled or not, whose reversals are layers.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        SurgeryError: A reversal in `model` is a layer no more, because a tracer went through it.
+    """
+    _check_reversals_are_layers(model)
+    layers = [m for m in model.modules() if isinstance(m, GradientReversal) and m._suspended is None]
+    with contextlib.ExitStack() as at_exit:
+        for layer in layers:
+            layer._suspend()
+            at_exit.callback(layer._resume)
+        yield
+
+
+# --- What a reversal accepts, and how it shows itself
+
+
+def _check_input(x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise ShapeError(
+            f"a gradient reversal takes one tensor; its input is {_described(x)}; choose one item",
+            example="after='encoder[0]'",
+        )
+    if not (x.is_floating_point() or x.is_complex()):
+        raise ShapeError(
+            f"a gradient reversal takes a tensor that can have a gradient; its input has dtype {x.dtype}; "
+            "choose a point where the values are floating point"
+        )
+
+
+def _described(value: object) -> str:
+    if isinstance(value, dict):
+        return f"a {type(value).__name__} with keys {', '.join(map(repr, value)) or 'none'}"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return "None" if value is None else f"of type {type(value).__name__}"
+
+
+def _check_number(coeff: object) -> None:
+    if not isinstance(coeff, (int, float, torch.SymFloat, numbers.Real)):
+        raise SurgeryError(
+            f"coeff is of type {type(coeff).__name__}; it must be a number or a tensor", example="coeff=0.5"
+        )
+    # Compared, so that a compiler may keep the number symbolic; nan fails every comparison.
+    if not 0.0 <= cast(float, coeff) < math.inf:
+        raise SurgeryError(
+            f"coeff is {coeff}; it must be finite and not negative: the gradient is multiplied by -coeff, so "
+            "that a negative one un-reverses it, and infinity or nan destroys it",
+            example="coeff=0.5",
+        )
+
+
+def _check_scalar(coeff: float | Tensor) -> None:
+    if not isinstance(coeff, Tensor):
+        _check_number(coeff)
+        return
+    _check_coeff_dtype(coeff)
+    if coeff.dim() != 0:
+        raise ShapeError(
+            f"a layer has one coefficient; this one has shape {tuple(coeff.shape)}; for one per sample, call "
+            "the function",
+            example="reverse_gradient(x, coeff)",
+        )
+    # Reading from another device would make the host wait for it; a subclass may hold no value at all.
+    if type(coeff) is Tensor and coeff.device.type == "cpu" and not _is_recording():
+        _check_number(coeff.item())
+
+
+def _check_coeff_dtype(coeff: Tensor) -> None:
+    if not coeff.is_floating_point():
+        raise SurgeryError(
+            f"coeff has dtype {coeff.dtype}; it must be floating point", example="coeff.float()"
+        )
+
+
+def _per_sample(coeff: Tensor, x: Tensor) -> Tensor:
+    """Returns `coeff` in a shape that broadcasts against `x`: () or (B, 1, ..., 1)."""
+    _check_coeff_dtype(coeff)
+    if coeff.dim() == 0:
+        return coeff
+    if coeff.dim() != 1 or x.dim() == 0 or not _same_length(coeff, x):
+        raise ShapeError(
+            f"coeff has shape {tuple(coeff.shape)} and the input {tuple(x.shape)}; a coefficient is a "
+            "number, a 0-d tensor, or a tensor with one number for each sample along the first dimension",
+            example="reverse_gradient(x, torch.ones(x.shape[0]))",
+        )
+    return coeff.reshape(-1, *[1] * (x.dim() - 1))
+
+
+def _same_length(coeff: Tensor, x: Tensor) -> bool:
+    # torch.jit.trace would warn that it cannot record a comparison.
+    return _is_jit_tracing() or coeff.shape[0] == x.shape[0]
+
+
+def _check_reversals_are_layers(model: nn.Module) -> None:
+    targets = (reverse_gradient, _operator, _operator.overloadpacket)
+    for path, module in model.named_modules():
+        if not isinstance(module, torch.fx.GraphModule):
+            continue
+        names = [node.name for node in module.graph.nodes if node.target in targets]
+        if names:
+            raise SurgeryError(
+                f"cannot disable {', '.join(map(repr, names))} in {path or 'the model'!r}: a tracer went "
+                "through the layer and left a function; disable the reversals of the model that was traced"
+            )
+
+
+def _shown(coeff: Tensor) -> str:
+    """Returns the shortest decimal that gives the same coefficient back."""
+    try:
+        value = coeff.item()
+    except RuntimeError:  # On the meta device, and for the fake tensors of a tracer, there is no value.
+        return "?"
+    for digits in range(1, 17):
+        short = float(f"{value:.{digits}g}")
+        if torch.tensor(short, dtype=coeff.dtype, device="cpu").item() == value:
+            return repr(short)
+    return repr(value)
+
+
+# --- Plain execution
+
+
+class _Reversal(torch.autograd.Function):
+    """The gradient rule, and a forward that copies nothing."""
+
+    @staticmethod
+    def forward(x: Tensor, coeff: float | Tensor, alias_kind: str) -> Tensor:
+        # Autograd does not take a detached alias for a view, so that an in-place operation may follow. Where
+        # that would overwrite a leaf behind its back, it gets the view, and refuses the operation.
+        if alias_kind == "detached":
+            return x.detach()
+        return x.view_as(x) if alias_kind == "view" else x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        # Negated now, so that a new value in the buffer neither changes nor invalidates a backward to come.
+        factor = -inputs[1]
+        if isinstance(factor, Tensor):
+            ctx.save_for_backward(factor)
+            ctx.save_for_forward(factor)
+        else:
+            ctx.factor = factor
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _scaled(ctx, grads[0]), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
+        return None if tangents[0] is None else _scaled(ctx, tangents[0])
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
+        x, coeff = _batch_first(info.batch_size, in_dims, *inputs[:2])
+        return cast(Tensor, _Reversal.apply(x, coeff, inputs[2])), 0
+
+
+def _scaled(ctx: Any, grad: Tensor) -> Tensor:
+    saved = ctx.saved_tensors  # Read once: a checkpointed forward gives them out only once.
+    factor = saved[0] if saved else ctx.factor
+    # One coefficient per sample promotes a gradient of half precision; a 0-d tensor or a number does not.
+    return cast(Tensor, (grad * factor).to(grad.dtype))
+
+
+def _batch_first(
+    batch_size: int, in_dims: tuple[int | None, ...], x: Tensor, coeff: float | Tensor
+) -> tuple[Tensor, float | Tensor]:
+    """Returns both with the vmapped dimension first, still broadcastable against each other."""
+    x_dim, coeff_dim = in_dims[:2]
+    x = x.expand(batch_size, *x.shape) if x_dim is None else x.movedim(x_dim, 0)
+    if isinstance(coeff, Tensor) and coeff_dim is not None:
+        coeff = coeff.movedim(coeff_dim, 0)
+        coeff = coeff.reshape(batch_size, *[1] * (x.dim() - coeff.dim()), *coeff.shape[1:])
+    return x, coeff
+
+
+def _alias_kind(x: Tensor) -> Literal["detached", "view", "copied"]:
+    """Returns how the output may share the memory of `x` with no in-place operation going unnoticed."""
+    base = x if x._base is None else x._base
+    if not (base.requires_grad and base.is_leaf and torch.is_grad_enabled()):
+        return "detached"
+    # What a transform wraps forgets that it is a view.
+    return "copied" if torch._C._are_functorch_transforms_active() else "view"
+
+
+# --- The operator that stays in recorded graphs
+#
+# What is private in torch, or may change there, and the test that would notice:
+#   torch._C._are_functorch_transforms_active   test_a_transform_never_overwrites_the_input_of_a_reversal
+#   torch._C._AutoDispatchBelowAutograd         test_the_operator_reverses_for_the_autograd_engine
+#   "FuncTorchDynamicLayerFrontMode"            test_the_operator_reverses_under_function_transforms
+#   torch._decomp.register_decomposition        test_a_compiled_distributed_tensor_is_reversed
+#   torch._inductor.decomposition               test_inductor_generates_no_code_for_the_forward_of_a_reversal
+#   get_proxy_mode                              test_make_fx_keeps_the_reversal
+
+
+class _OperatorReversal(_Reversal):
+    """The same gradient rule around the operator, for what records operators below autograd.
+
+    `torch.library.register_autograd` would do, if what it registers worked under `torch.func` transforms.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, coeff: Tensor) -> Tensor:  # type: ignore[override]
+        with torch._C._AutoDispatchBelowAutograd():
+            return cast(Tensor, _operator(x, coeff))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _scaled(ctx, grads[0]), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
+        return _with_gradient(*_batch_first(info.batch_size, in_dims, *inputs)), 0
+
+
+def _is_recording() -> bool:
+    # torch.compile reads this code as well: it knows the first answer, and never meets the others.
+    return torch.compiler.is_compiling() or _is_jit_tracing() or get_proxy_mode() is not None
+
+
+def _is_jit_tracing() -> bool:
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+
+
+def _with_operator(x: Tensor, coeff: float | Tensor) -> Tensor:
+    return cast(Tensor, _operator(x, coeff if isinstance(coeff, Tensor) else _as_tensor(coeff, x)))
+
+
+def _as_tensor(coeff: float, x: Tensor) -> Tensor:
+    """Returns `coeff` as precisely as a number would take part in a multiplication with `x`."""
+    double = x.dtype in (torch.float64, torch.complex128)
+    # torch.compile can keep a number symbolic through a product, but not through torch.full: it would compile
+    # again for every new coefficient.
+    return torch.ones((), dtype=torch.float64 if double else torch.float32, device=x.device) * coeff
+
+
+def _with_gradient(x: Tensor, coeff: float | Tensor) -> Tensor:
+    return cast(Tensor, _OperatorReversal.apply(x, coeff))
+
+
+def _copied(x: Tensor, coeff: Tensor) -> Tensor:
+    # The schema declares no alias, so the output must not be one.
+    return x.clone()
+
+
+def _without_values(x: Tensor, coeff: Tensor) -> Tensor:
+    _tell_inductor()
+    return torch.empty_like(x)
+
+
+def _tell_inductor() -> None:
+    """Lets Inductor see the copy as a copy, which it removes, instead of as a call it cannot look into.
+
+    Importing Inductor takes seconds, so this waits until someone else has, and is called whenever a graph is
+    recorded. Without it everything is still right, only slower.
+    """
+    inductor: Any = sys.modules.get("torch._inductor.decomposition")
+    for table in _decomposition_tables(inductor):
+        table.setdefault(_operator, _copied)
+
+
+def _decomposition_tables(inductor: Any) -> list[dict[Any, Any]]:
+    try:
+        return [inductor.decompositions, inductor.select_decomp_table()]
+    except AttributeError:  # Not imported yet, or only half.
+        return []
+
+
+_library = torch.library.Library("grl_surgery", "DEF")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
+    "reverse_gradient(Tensor x, Tensor coeff) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
+_operator: Any = torch.ops.grl_surgery.reverse_gradient.default
+
+for _key, _kernel in {
+    "CompositeExplicitAutograd": _copied,
+    "Autograd": _with_gradient,
+    "FuncTorchDynamicLayerFrontMode": _with_gradient,
+}.items():
+    _library.impl("reverse_gradient", _kernel, _key)  # type: ignore[no-untyped-call]
+torch.library.register_fake("grl_surgery::reverse_gradient", _without_values, lib=_library)
+# How DTensor learns what becomes of a sharding.
+register_decomposition(_operator)(_copied)

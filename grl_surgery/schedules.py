@@ -1,0 +1,484 @@
+"""Training progress to coefficient: pure schedules, and the object that applies one to a network.
+
+A schedule is a function of the progress p in [0, 1]. Nothing here steps by itself: not in a forward, not
+in eval, not behind a hook. The coefficient changes where the training loop calls ``step()`` and nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from numbers import Real
+from typing import Any
+
+from torch import nn
+
+from grl_surgery.errors import PointNotFoundError, SurgeryError
+from grl_surgery.points import near_names
+from grl_surgery.reversal import GradientReversal
+
+__all__ = [
+    "CoefficientScheduler",
+    "Schedule",
+    "check_progress",
+    "constant",
+    "dann",
+    "delayed",
+    "linear",
+    "warm_start",
+]
+
+
+def check_progress(p: float) -> float:
+    """Return the training progress ``p`` as a float, or refuse it where it is outside [0, 1].
+
+    Example:
+        >>> check_progress(0.25)
+        0.25
+
+    Raises:
+        SurgeryError: ``p`` is not a number, is nan, or is outside [0, 1].
+    """
+    try:
+        progress = float(p)
+    except (TypeError, ValueError):
+        raise SurgeryError(
+            f"training progress must be a number in [0, 1], not {p!r}", example="dann()(step / total_steps)"
+        ) from None
+    if not 0.0 <= progress <= 1.0:
+        raise SurgeryError(
+            f"training progress is {progress!r}, which is outside [0, 1]: 0 is the start, 1 the end",
+            example="dann()(step / total_steps)",
+        )
+    return progress
+
+
+def _check_number(name: str, value: object, *, positive: bool = False) -> None:
+    number = float(value) if isinstance(value, Real) else math.nan
+    if not math.isfinite(number) or number < 0 or (positive and number == 0):
+        kind = "positive" if positive else "non-negative"
+        raise SurgeryError(f"{name} is {value!r}, but must be a {kind} finite number", example="dann(hi=0.3)")
+
+
+def _clamp(value: float, lo: float, hi: float) -> float:
+    """``value`` within its bounds: the last rounding must not turn a coefficient of 0 negative."""
+    return min(max(value, min(lo, hi)), max(lo, hi))
+
+
+class Schedule(ABC):
+    """A function of training progress: ``schedule(p)`` is the coefficient, p in [0, 1].
+
+    Its repr shows where it leads. Subclass it (as a frozen dataclass, so that a checkpoint can tell it from
+    another) and define ``at``; any plain function of p works in a :class:`CoefficientScheduler` as well.
+
+    Example:
+        >>> linear(0.0, 0.5)
+        linear(lo=0.0, hi=0.5)  # coefficient 0 at p=0, 0.25 at p=1/2, 0.5 at p=1
+    """
+
+    @abstractmethod
+    def at(self, p: float) -> float:
+        """Coefficient at progress ``p``, which has been checked to be in [0, 1]."""
+
+    def at_step(self, step: float, total_steps: float) -> float:
+        """Coefficient at step ``step`` of ``total_steps``: that of the progress ``step / total_steps``."""
+        return self(step / total_steps)
+
+    def __call__(self, p: float) -> float:
+        """Coefficient at progress ``p``."""
+        return self.at(check_progress(p))
+
+    def __repr__(self) -> str:
+        start, middle, end = (f"{self(p):.4g}" for p in (0.0, 0.5, 1.0))
+        return f"{_describe(self)}  # coefficient {start} at p=0, {middle} at p=1/2, {end} at p=1"
+
+
+@dataclass(frozen=True, repr=False)
+class _Constant(Schedule):
+    value: float
+
+    def __post_init__(self) -> None:
+        _check_number("value", self.value)
+
+    def at(self, p: float) -> float:
+        return float(self.value)
+
+
+@dataclass(frozen=True, repr=False)
+class _Linear(Schedule):
+    lo: float
+    hi: float
+
+    def __post_init__(self) -> None:
+        _check_number("lo", self.lo)
+        _check_number("hi", self.hi)
+
+    def at(self, p: float) -> float:
+        return _clamp((1.0 - p) * self.lo + p * self.hi, self.lo, self.hi)
+
+
+@dataclass(frozen=True, repr=False)
+class _Dann(Schedule):
+    lo: float
+    hi: float
+    gamma: float
+
+    def __post_init__(self) -> None:
+        _check_number("lo", self.lo)
+        _check_number("hi", self.hi)
+        _check_number("gamma", self.gamma, positive=True)
+
+    def at(self, p: float) -> float:
+        rise = 2.0 / (1.0 + math.exp(-self.gamma * p)) - 1.0
+        return _clamp(self.lo + (self.hi - self.lo) * rise, self.lo, self.hi)
+
+
+@dataclass(frozen=True, repr=False)
+class _WarmStart(Schedule):
+    alpha: float
+    max_iters: float
+    lo: float
+    hi: float
+
+    def __post_init__(self) -> None:
+        _check_number("alpha", self.alpha, positive=True)
+        _check_number("max_iters", self.max_iters, positive=True)
+        _check_number("lo", self.lo)
+        _check_number("hi", self.hi)
+
+    def at(self, p: float) -> float:
+        return self.at_step(p * self.max_iters, self.max_iters)
+
+    def at_step(self, step: float, total_steps: float) -> float:
+        span = self.hi - self.lo
+        value = 2.0 * span / (1.0 + math.exp(-self.alpha * step / self.max_iters)) - span + self.lo
+        return _clamp(value, self.lo, self.hi)
+
+
+@dataclass(frozen=True, repr=False)
+class _Delayed(Schedule):
+    p0: float
+    inner: Callable[[float], float]
+    before: float
+
+    def __post_init__(self) -> None:
+        _check_number("before", self.before)
+        if check_progress(self.p0) == 1.0:
+            raise SurgeryError(
+                "p0 is 1.0: the inner schedule would never begin", example="delayed(0.5, dann())"
+            )
+        if not callable(self.inner):
+            raise SurgeryError(f"{self.inner!r} is not a schedule", example="delayed(0.5, dann())")
+
+    def at(self, p: float) -> float:
+        if p < self.p0:
+            return float(self.before)
+        return self.inner((p - self.p0) / (1.0 - self.p0))
+
+    def at_step(self, step: float, total_steps: float) -> float:
+        start = self.p0 * total_steps
+        if step < start:
+            return float(self.before)
+        return _at_step(self.inner, step - start, total_steps - start)
+
+
+def constant(value: float) -> Schedule:
+    """The same coefficient throughout.
+
+    Example:
+        >>> constant(0.3)(0.7)
+        0.3
+    """
+    return _Constant(value)
+
+
+def linear(lo: float = 0.0, hi: float = 1.0) -> Schedule:
+    """From ``lo`` at p = 0 in a straight line to ``hi`` at p = 1; falling where ``hi`` is the smaller one.
+
+    Example:
+        >>> linear(0.0, 0.5)(0.5)
+        0.25
+    """
+    return _Linear(lo, hi)
+
+
+def dann(lo: float = 0.0, hi: float = 1.0, gamma: float = 10.0) -> Schedule:
+    """The schedule of DANN: lo + (hi - lo) (2 / (1 + exp(-gamma p)) - 1).
+
+    Ganin & Lempitsky, "Unsupervised Domain Adaptation by Backpropagation", 2015, and Ganin et al.,
+    "Domain-Adversarial Training of Neural Networks", 2016 (lambda_p in the section on experiments), with
+    lo = 0, hi = 1 and gamma = 10. It tends to ``hi`` without reaching it: 0.99991 hi at p = 1.
+
+    Example:
+        >>> dann()
+        dann(lo=0.0, hi=1.0, gamma=10.0)  # coefficient 0 at p=0, 0.9866 at p=1/2, 0.9999 at p=1
+        >>> round(dann(hi=0.3)(0.5), 6)
+        0.295984
+    """
+    return _Dann(lo, hi, gamma)
+
+
+def warm_start(alpha: float = 1.0, max_iters: float = 1000.0, lo: float = 0.0, hi: float = 1.0) -> Schedule:
+    """The Transfer-Learning-Library's warm start: 2 (hi - lo) / (1 + exp(-alpha i / N)) - (hi - lo) + lo.
+
+    Here i is the number of iterations made and N = ``max_iters``: the formula of that library's
+    ``WarmStartGradientReverseLayer``. It counts iterations, not progress, and goes on rising after N of
+    them; at N it has reached only lo + 0.462 (hi - lo) with alpha = 1. So in a
+    :class:`CoefficientScheduler` the coefficient at step i is the formula at i, whatever ``total_steps`` is,
+    while called with a progress, p = 1 stands for iteration N.
+
+    Example:
+        >>> round(warm_start(alpha=1.0, max_iters=1000)(1.0), 6)
+        0.462117
+        >>> round(warm_start(alpha=1.0, max_iters=1000).at_step(5000, total_steps=20000), 6)
+        0.986614
+    """
+    return _WarmStart(alpha, max_iters, lo, hi)
+
+
+def delayed(p0: float, inner: Callable[[float], float], *, before: float = 0.0) -> Schedule:
+    """``before`` until progress ``p0``, then all of ``inner`` in what is left: inner((p - p0) / (1 - p0)).
+
+    With ``before=0`` the domain head learns from the first step, but nothing flows back into the features
+    until ``p0``. A :func:`warm_start` inside counts its iterations from ``p0`` on.
+
+    Example:
+        >>> schedule = delayed(0.2, linear(0.0, 1.0))
+        >>> [round(schedule(p), 6) for p in (0.0, 0.2, 0.6, 1.0)]
+        [0.0, 0.0, 0.5, 1.0]
+    """
+    return _Delayed(p0, inner, before)
+
+
+def _at_step(schedule: Callable[[float], float], step: float, total_steps: float) -> float:
+    if isinstance(schedule, Schedule):
+        return schedule.at_step(step, total_steps)
+    return schedule(step / total_steps)
+
+
+def _type_name(schedule: object) -> str:
+    if isinstance(schedule, Schedule):
+        name = type(schedule).__qualname__
+        return _FACTORY.get(type(schedule), name)
+    named = schedule if hasattr(schedule, "__qualname__") else type(schedule)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+_FACTORY: dict[type, str] = {
+    _Constant: "constant",
+    _Linear: "linear",
+    _Dann: "dann",
+    _WarmStart: "warm_start",
+    _Delayed: "delayed",
+}
+
+
+def _parameters(schedule: object) -> dict[str, Any]:
+    if not is_dataclass(schedule):
+        return {}
+    return {field.name: getattr(schedule, field.name) for field in fields(schedule)}
+
+
+def _describe(schedule: object) -> str:
+    """The call that makes this schedule."""
+    inner = (
+        f"{name}={_describe(value) if callable(value) else repr(value)}"
+        for name, value in _parameters(schedule).items()
+    )
+    return f"{_type_name(schedule)}({', '.join(inner)})" if is_dataclass(schedule) else _type_name(schedule)
+
+
+def _fingerprint(schedule: object) -> dict[str, Any]:
+    """What tells one schedule from another, in the plain types that any checkpoint format can hold."""
+    values = {
+        name: _fingerprint(value) if callable(value) else value
+        for name, value in _parameters(schedule).items()
+    }
+    return {"type": _type_name(schedule), **values}
+
+
+def _differences(theirs: object, ours: object, path: str) -> list[str]:
+    """Every place where two descriptions differ, in words."""
+    if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
+        if theirs.get("type") != ours.get("type"):
+            return [f"{path} is {theirs.get('type')!r} in the checkpoint and {ours.get('type')!r} here"]
+        found = []
+        for key in dict.fromkeys([*theirs, *ours]):
+            found += _differences(theirs.get(key), ours.get(key), f"{path}.{key}")
+        return found
+    return [] if theirs == ours else [f"{path} is {theirs!r} in the checkpoint and {ours!r} here"]
+
+
+class CoefficientScheduler:
+    """Drives the coefficient of every reversal of a network, or of the named ones, by a schedule.
+
+    The coefficient of step 0 is set at once, and that of step k after the k-th call of ``step()``; a run of
+    n training steps, each followed by ``step()``, needs ``total_steps=n``. Several of these can drive
+    different reversals of one network.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 4), GradientReversal(), nn.Linear(4, 2))
+        >>> scheduler = CoefficientScheduler(model, linear(0.0, 1.0), total_steps=4)
+        >>> for _ in range(4):  # in a real run: forward, backward, optimizer.step()
+        ...     scheduler.step()
+        >>> model[1].coeff.item()
+        1.0
+
+    Args:
+        target: A network (wrapped or not), a single reversal, or the mapping of names to reversals that
+            ``grl_surgery.reversals(model)`` returns.
+        schedule: Function of the progress p in [0, 1]: one of this module, or your own.
+        total_steps: Number of training steps from p = 0 to p = 1.
+        only: Name, or names, of the reversals to drive; a module's name stands for the reversals inside it,
+            so that ``only="domain"`` is the head called ``domain``. Default: all of them.
+
+    Raises:
+        SurgeryError: No reversal to drive, an impossible ``total_steps`` or an impossible coefficient.
+        PointNotFoundError: ``only`` names no reversal.
+    """
+
+    def __init__(
+        self,
+        target: nn.Module | Mapping[str, GradientReversal],
+        schedule: Callable[[float], float],
+        total_steps: int,
+        *,
+        only: str | Sequence[str] | None = None,
+    ) -> None:
+        if not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1:
+            raise SurgeryError(
+                f"total_steps is {total_steps!r}, but must be a positive whole number of training steps",
+                example="CoefficientScheduler(model, dann(), total_steps=epochs * len(loader))",
+            )
+        if not callable(schedule):
+            raise SurgeryError(
+                f"the schedule is {schedule!r}, which is not a function of the progress p",
+                example="CoefficientScheduler(model, constant(0.3), total_steps=1000)",
+            )
+        self.schedule = schedule
+        self.total_steps = total_steps
+        self._reversals = _select(_find(target), only)
+        self._move_to(0)
+
+    @property
+    def reversals(self) -> dict[str, GradientReversal]:
+        """The reversals that this object drives, by name."""
+        return dict(self._reversals)
+
+    @property
+    def steps_done(self) -> int:
+        """Number of times that ``step()`` was called, in this run and in those it resumes."""
+        return self._steps_done
+
+    @property
+    def coeff(self) -> float:
+        """The coefficient set last, before its rounding to the float32 of the reversal's buffer."""
+        return self._coeff
+
+    def step(self) -> None:
+        """Set the coefficient of the next training step.
+
+        Raises:
+            SurgeryError: All ``total_steps`` steps were made. The coefficient stays as it is.
+        """
+        if self._steps_done == self.total_steps:
+            raise SurgeryError(
+                f"the schedule ends after {self.total_steps} steps, and all of them were made: plan with as "
+                "many steps as there are calls of step(), or stop calling it then: the coefficient stays",
+                example=f"CoefficientScheduler(model, schedule, total_steps={2 * self.total_steps})",
+            )
+        self._move_to(self._steps_done + 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the run stands and of which schedule, in plain Python types."""
+        return {
+            "schedule": _fingerprint(self.schedule),
+            "total_steps": self.total_steps,
+            "steps_done": self._steps_done,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where the run that wrote ``state`` stood, with exactly its coefficients.
+
+        Names of reversals are not compared, so that a run may be resumed wrapped in another way.
+
+        Raises:
+            SurgeryError: The state is of another schedule or is damaged. Nothing is changed then.
+        """
+        ours = self.state_dict()
+        if not isinstance(state, Mapping) or not ours.keys() <= state.keys():
+            raise SurgeryError(
+                f"this is not the state of a CoefficientScheduler: expected {sorted(ours)}, got "
+                f"{sorted(state) if isinstance(state, Mapping) else state!r}",
+                example="scheduler.load_state_dict(torch.load(path)['coefficient'])",
+            )
+        found = [
+            *_differences(state["schedule"], ours["schedule"], "schedule"),
+            *_differences(state["total_steps"], ours["total_steps"], "total_steps"),
+        ]
+        if found:
+            raise SurgeryError(
+                f"the checkpoint belongs to another schedule: {'; '.join(found)}",
+                example="build the scheduler with the checkpoint's values, or start without load_state_dict",
+            )
+        steps_done = state["steps_done"]
+        if not isinstance(steps_done, int) or not 0 <= steps_done <= self.total_steps:
+            raise SurgeryError(
+                f"the checkpoint is damaged: steps_done is {steps_done!r}, expected 0 to {self.total_steps}"
+            )
+        self._move_to(steps_done)
+
+    def _move_to(self, step: int) -> None:
+        """Compute first, then change: an error leaves everything as it was."""
+        coeff = _at_step(self.schedule, step, self.total_steps)
+        _check_number(f"the schedule's value at step {step} of {self.total_steps}", coeff)
+        for reversal in self._reversals.values():
+            reversal.set_coeff(coeff)
+        self._steps_done, self._coeff = step, float(coeff)
+
+    def __repr__(self) -> str:
+        return (
+            f"CoefficientScheduler(step {self._steps_done} of {self.total_steps}, coeff {self._coeff:.4g}, "
+            f"drives {', '.join(name or 'the reversal' for name in self._reversals)})\n  {self.schedule!r}"
+        )
+
+
+def _find(target: nn.Module | Mapping[str, GradientReversal]) -> dict[str, GradientReversal]:
+    if isinstance(target, Mapping):
+        named = dict(target)
+    elif isinstance(target, nn.Module):
+        named = {name: m for name, m in target.named_modules() if isinstance(m, GradientReversal)}
+    else:
+        raise SurgeryError(
+            f"expected a network or its reversals, got {type(target).__name__}",
+            example="CoefficientScheduler(model, dann(), total_steps=1000)",
+        )
+    if not named:
+        raise SurgeryError(
+            f"there is no GradientReversal in this {type(target).__name__}, so no coefficient to drive",
+            example="model = insert_grl(model, after='layer3')",
+        )
+    return named
+
+
+def _select(
+    named: dict[str, GradientReversal], only: str | Sequence[str] | None
+) -> dict[str, GradientReversal]:
+    if only is None:
+        return named
+    wanted = [only] if isinstance(only, str) else list(only)
+    chosen: set[str] = set()
+    for want in wanted:
+        matching = {name for name in named if name == want or name.startswith(f"{want}.")}
+        if not matching:
+            near = near_names(want, named) or list(named)[:5]
+            raise PointNotFoundError(
+                f"there is no reversal {want!r} to drive", choices=near, example=f"only={near[0]!r}"
+            )
+        chosen |= matching
+    if not chosen:
+        raise SurgeryError("only=[] names no reversal", choices=list(named)[:5], example="only=None for all")
+    return {name: reversal for name, reversal in named.items() if name in chosen}

@@ -1,0 +1,91 @@
+"""Surgery where the root cannot be traced: each cut inside the smallest module around it that can."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from grl_surgery.cutting import apply_cuts, names_in
+from grl_surgery.errors import PointNotFoundError, SurgeryError, TracingError
+from grl_surgery.points import Edge, enclosing, escape, near_names, split_items, split_number
+from grl_surgery.spliced_module import Cut, SplicedModule
+from grl_surgery.tracing import module_paths
+
+__all__ = ["splice_inside"]
+
+
+def splice_inside(base: nn.Module, cuts: Sequence[Cut], failure: TracingError) -> nn.Module:
+    """Replace modules inside ``base`` by their spliced graphs, each as small as the cuts allow.
+
+    Args:
+        base: A tree of its own, holding the spliced modules as children of the root; it is changed.
+        cuts: What to splice in.
+        failure: Why the root cannot be traced.
+
+    Returns:
+        ``base``, its root as before.
+
+    Raises:
+        TracingError: Nothing around a point can be traced.
+        PointNotFoundError: There is no such point.
+    """
+    hosts: dict[str, list[Cut]] = {}
+    for cut in cuts:
+        host = _host(base, cut, failure)
+        hosts.setdefault(host, []).append(cut)
+    for host in sorted(hosts, key=len, reverse=True):  # a host inside another one joins it
+        outer = next((other for other in hosts if host.startswith(f"{other}.")), None)
+        if outer is not None:
+            hosts[outer] += hosts.pop(host)
+    for host, inside in hosts.items():
+        _replace(base, host, inside)
+    return base
+
+
+def _host(base: nn.Module, cut: Cut, failure: TracingError) -> str:
+    """Path of the smallest module in which the cut can be made."""
+    paths = module_paths(base)
+    for end in names_in(cut):
+        if enclosing(end, paths) == [""] and split_number(split_items(end)[0])[0] not in paths:
+            raise PointNotFoundError(f"there is no point {end!r} in this network", choices=near_names(end, paths))
+    around = [[paths[name] for name in enclosing(end, paths)] for end in names_in(cut)]
+    common = [path for path in around[0] if path and all(path in other for other in around)]
+    spliced = [path for path in common if isinstance(base.get_submodule(path), SplicedModule)]
+    reason: SurgeryError = failure
+    for path in spliced[:1] or reversed(common):
+        try:
+            _operate(base, path, [cut])
+        except TracingError as error:
+            reason = error
+        except SurgeryError as error:
+            raise type(error)(f"inside {path!r}, where names start anew: {error}") from error
+        else:
+            return path
+    raise TracingError(f"nothing around {cut.at!s} can be traced: {reason}") from reason
+
+
+def _operate(base: nn.Module, path: str, cuts: Sequence[Cut]) -> SplicedModule:
+    """The module at ``path`` with the cuts made in it."""
+    prefix = f"{escape(path)}."
+    module = base.get_submodule(path)
+    before: tuple[Cut, ...] = ()
+    if isinstance(module, SplicedModule):
+        module, before = module._original, module.cuts
+    inside = [*before, *(replace(cut, at=_relative(cut.at, prefix)) for cut in cuts)]
+    return SplicedModule(module, apply_cuts(module, inside), inside)
+
+
+def _relative(at: str | Edge, prefix: str) -> str | Edge:
+    if isinstance(at, Edge):
+        return replace(at, source=at.source.removeprefix(prefix), target=at.target.removeprefix(prefix))
+    return at.removeprefix(prefix)
+
+
+def _replace(base: nn.Module, path: str, cuts: Sequence[Cut]) -> None:
+    spliced = _operate(base, path, cuts)
+    for cut in cuts:
+        spliced.add_module(cut.module, base._modules.pop(cut.module))
+    parent, _, name = path.rpartition(".")
+    base.get_submodule(parent)._modules[name] = spliced

@@ -1,0 +1,124 @@
+"""What the user selects (names, patterns, classes, predicates) as names of points in one network."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from grl_surgery import points
+from grl_surgery.errors import PointNotFoundError, SurgeryError
+from grl_surgery.model_graph import ModelGraph, describe
+from grl_surgery.points import Edge, GraphNode
+from grl_surgery.tracing import is_building_block, module_paths, trace
+
+__all__ = ["Selector", "select_edges", "select_points"]
+
+Selector: TypeAlias = (
+    "str | GraphNode | type[nn.Module] | Callable[[GraphNode], bool] | Sequence[Selector]"  # one, or several
+)
+
+
+def select_points(
+    model: nn.Module, selector: Selector, keyword: str, example_inputs: Any = None
+) -> list[str]:
+    """Names of the points that a selector stands for, in the order given, each once.
+
+    Args:
+        model: The network; not changed.
+        selector: A name, ``"glob:..."``, ``"re:..."``, a module class, a predicate on a
+            :class:`~grl_surgery.GraphNode`, or a list of these.
+        keyword: ``after`` or ``before``, for messages.
+        example_inputs: Where a predicate looks at shapes.
+
+    Raises:
+        PointNotFoundError: A selector matches nothing.
+        SurgeryError: It is none of the above.
+    """
+    parts = list(selector) if isinstance(selector, (list, tuple)) else [selector]
+    if not parts:
+        raise SurgeryError(f"{keyword}={selector!r} names no point", example=f"{keyword}='layer3'")
+    names = (name for part in parts for name in _select(model, part, keyword, example_inputs))
+    return list(dict.fromkeys(names))
+
+
+def _select(model: nn.Module, part: Any, keyword: str, example_inputs: Any) -> list[str]:
+    if isinstance(part, GraphNode):
+        return [part.name]
+    if isinstance(part, str):
+        return _by_pattern(model, part) if points.pattern(part) else [canonical(part, module_paths(model))]
+    if inspect.isclass(part) and issubclass(part, nn.Module):
+        return _by_class(model, part)
+    if callable(part) and not isinstance(part, nn.Module) and not inspect.isclass(part):
+        return _by_predicate(model, part, example_inputs)
+    raise SurgeryError(
+        f"{keyword}={part!r} is no point: expected a name, 'glob:...', 're:...', a module class or a "
+        f"function of a graph node, got {type(part).__name__}",
+        example=f"{keyword}='layer3', {keyword}='glob:layer3.*', {keyword}=torch.nn.Conv2d",
+    )
+
+
+def _by_pattern(model: nn.Module, text: str) -> list[str]:
+    paths = module_paths(model)
+    around = {real for name, real in paths.items() if points.may_enclose(text, name)}
+    opened = {path for path in around if not is_building_block(model.get_submodule(path))}
+    names = trace(model, opened, lenient=True).names()
+    expression = points.pattern(text)
+    assert expression is not None
+    found = [name for name in names if points.matches(expression, name) and name != "output"]
+    if not found:
+        raise PointNotFoundError(
+            f"{text!r} matches none of the {len(names)} points in this network",
+            choices=points.near_names(text.partition(":")[2], names),
+            example="'glob:layer3.*' (* stays within one part of a name, ** crosses the dots)",
+        )
+    return found
+
+
+def _by_class(model: nn.Module, kind: type[nn.Module]) -> list[str]:
+    found = [points.escape(path) for path, m in model.named_modules() if path and isinstance(m, kind)]
+    if not found:
+        present = list(dict.fromkeys(type(module).__name__ for module in model.modules()))
+        raise PointNotFoundError(
+            f"there is no {kind.__name__} in this {type(model).__name__}",
+            choices=points.near_names(kind.__name__, present) or present[:5],
+        )
+    opened = {parent for path in found for parent in points.enclosing(path, module_paths(model))}
+    names = trace(model, opened, lenient=True).names()
+    return [name for name in names if points.split_number(name)[0] in found]
+
+
+def _by_predicate(model: nn.Module, predicate: Callable[[GraphNode], bool], example_inputs: Any) -> list[str]:
+    everything: ModelGraph = describe(model, None, example_inputs)
+    found = [node.name for node in everything.nodes if node.op != "output" and predicate(node)]
+    if not found:
+        raise PointNotFoundError(
+            f"the predicate is true for none of the {len(everything.nodes)} points in this network",
+            choices=[str(node) for node in everything.nodes[:2]],
+            example="after=lambda node: node.type == 'Conv2d'",
+        )
+    return found
+
+
+def canonical(name: str, paths: Mapping[str, str]) -> str:
+    """The name with an alias of a shared module replaced by the module's first path."""
+    for end in (len(name), *(i for i in range(len(name) - 1, 0, -1) if name[i] in ".#[")):
+        if name[:end] in paths:
+            return points.escape(paths[name[:end]]) + name[end:]
+    return name
+
+
+def select_edges(model: nn.Module, selector: Any) -> list[Edge]:
+    """The edges that a selector stands for: one pair of names, an Edge, a string, or a list of these."""
+    paths = module_paths(model)
+    single = isinstance(selector, (str, Edge)) or (
+        isinstance(selector, tuple) and len(selector) == 2 and all(isinstance(end, str) for end in selector)
+    )
+    if not single and (not isinstance(selector, Iterable) or not selector):
+        points.parse_edge(selector)
+    edges = (points.parse_edge(edge) for edge in ([selector] if single else selector))
+    return list(
+        dict.fromkeys(Edge(canonical(e.source, paths), canonical(e.target, paths), e.arg) for e in edges)
+    )

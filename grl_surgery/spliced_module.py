@@ -1,0 +1,241 @@
+"""The result of surgery: a GraphModule over the original's modules that can be copied, pickled and undone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import fx, nn
+from torch.fx.node import map_arg
+
+from grl_surgery.errors import TracingError
+from grl_surgery.points import Edge
+from grl_surgery.sharing import share_copy
+from grl_surgery.tracing import Flags, Trace
+
+__all__ = ["Cut", "SplicedModule"]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One thing that was spliced in.
+
+    Args:
+        kind: ``"after"`` a point, ``"before"`` a point, on one ``"edge"``, or a ``"head"`` after a point.
+        at: Name of the point, or the edge.
+        module: Attribute of the spliced network under which the reversal or the head lives.
+    """
+
+    kind: Literal["after", "before", "edge", "head"]
+    at: str | Edge
+    module: str
+
+    def __str__(self) -> str:
+        where = "on" if self.kind == "edge" else "after" if self.kind == "head" else self.kind
+        return f"{where} {self.at}"
+
+
+class SplicedModule(fx.GraphModule):
+    """A network with reversals and heads in it.
+
+    The forward is generated code; everything that it calls is the original's: same classes, same names, same
+    parameters. The original's own tree is kept (without its tensors being copied), so that ``train()`` does
+    what the original's ``train()`` does and surgery can be undone.
+
+    Args:
+        original: The network that the graphs were traced from, holding the spliced modules as extra children.
+        traced: Its graphs, edited.
+        cuts: What was spliced in, in order.
+    """
+
+    _graphs: dict[Flags, fx.Graph]
+    _original: nn.Module
+    cuts: tuple[Cut, ...]
+
+    def __init__(self, original: nn.Module, traced: Trace, cuts: Sequence[Cut]) -> None:
+        super().__init__(nn.Module(), fx.Graph(), class_name=type(original).__name__)
+        own = {*self.__dict__, "training"} - set(_SHARED)
+        self.__dict__.update((key, value) for key, value in original.__dict__.items() if key not in own)
+        self.__dict__["_original"] = original
+        self.training = original.training
+        for name, tensor in traced.constants.items():
+            self.register_buffer(name, tensor, persistent=False)
+        self.cuts = tuple(cuts)
+        self._traced = replace(traced, constants=dict.fromkeys(traced.constants, torch.empty(0)))
+        self._graphs = traced.graphs
+        self.graph = traced.graphs.get(self._flags()) or next(iter(traced.graphs.values()))
+
+    # -- modes
+
+    def train(self, mode: bool = True) -> SplicedModule:
+        """Set the mode of every module as the original's own ``train`` does."""
+        self._original.train(mode)
+        self.training = self._original.training
+        self._graph = self._graphs.get(self._flags(), self._graph)
+        return self
+
+    def _flags(self) -> Flags:
+        """The flags that decide which graph runs."""
+        return tuple(self.get_submodule(path).training for path in self._traced.steering)
+
+    def recompile(self) -> Any:
+        """Write the forward from the graph; with more than one, write each and choose by the mode."""
+        code = super().recompile()
+        if not self.__dict__.get("_graphs") or not self._traced.steering:
+            return code
+        current, kind = self._graph, type(self)
+        self._graphs[self._flags()] = current
+        variants = {}
+        for flags, graph in self._graphs.items():
+            self._graph = graph
+            super().recompile()
+            variants[flags] = kind.forward
+        self._graph = current
+        kind._variants = variants  # type: ignore[attr-defined]
+        kind.forward = _forward_by_mode  # type: ignore[method-assign]
+        return code
+
+    # -- copies
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        graphs = {flags: pack(graph) for flags, graph in self._graphs.items()}
+        traced = replace(self._traced, graphs={})
+        attributes = {key: value for key, value in self.__dict__.items() if key not in _REBUILT}
+        return _rebuild, (self._original, traced, graphs, self.cuts, attributes)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SplicedModule:
+        twin = _rebuild(*copy.deepcopy(self.__reduce__()[1], memo))
+        memo[id(self)] = twin
+        return twin
+
+    def __copy__(self) -> SplicedModule:
+        _, (original, *rest) = self.__reduce__()
+        return _rebuild(share_copy(original), *rest)
+
+    def without(self, names: Sequence[str]) -> nn.Module:
+        """The original's tree over the same tensors, without the constants and the named spliced modules."""
+        tree = share_copy(self._original)
+        for name in (*names, *self._traced.constants):
+            tree._modules.pop(name, None)
+            tree._buffers.pop(name, None)
+            tree._non_persistent_buffers_set.discard(name)
+        tree.training = self.training
+        return tree
+
+
+# The containers that the result and the original's tree hold in common.
+_SHARED = (
+    "_parameters",
+    "_buffers",
+    "_modules",
+    "_non_persistent_buffers_set",
+    *(key for key in nn.Module().__dict__ if key.endswith(("_hooks", "_with_kwargs", "_always_called"))),
+)
+# What a copy makes anew.
+_REBUILT = frozenset(
+    {*_SHARED, *fx.GraphModule(nn.Module(), fx.Graph()).__dict__, "_original", "_graphs", "_traced", "cuts"}
+) - {"training", "meta"}
+
+
+def _rebuild(
+    original: nn.Module,
+    traced: Trace,
+    graphs: Mapping[Flags, PackedGraph],
+    cuts: Sequence[Cut],
+    attributes: Mapping[str, Any],
+) -> SplicedModule:
+    constants = {name: original._buffers[name] for name in traced.constants}
+    unpacked = {flags: unpack(packed) for flags, packed in graphs.items()}
+    module = SplicedModule(original, replace(traced, graphs=unpacked, constants=constants), cuts)  # type: ignore[arg-type]
+    module.__dict__.update(attributes)
+    return module
+
+
+def _forward_by_mode(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Forward of a network that computes something else in another mode."""
+    flags = self._flags()
+    forward: Callable[..., Any] | None = self._variants.get(flags)
+    if forward is not None:
+        return forward(self, *args, **kwargs)
+    traced: Trace = self._traced
+    modes = (f"{path or 'the root'}.training={flag}" for path, flag in zip(traced.steering, flags, strict=True))
+    reason = traced.refused.get(flags, "surgery traced the mode of that moment, all on, and all off")
+    raise TracingError(
+        f"there is no graph for {', '.join(modes)}: {reason}",
+        example="model.train() or model.eval(); or set the flags before insert_grl",
+    )
+
+
+# ------------------------------------------------------------------------------------ graphs as plain data
+
+
+class _Place(NamedTuple):
+    """Stands for the node at this index."""
+
+    index: int
+
+
+class PackedNode(NamedTuple):
+    """One node as plain data."""
+
+    op: str
+    target: Any
+    args: Any
+    kwargs: Any
+    name: str
+    point: str | None
+
+
+class PackedGraph(NamedTuple):
+    """A graph as plain data, with what writes its forward."""
+
+    nodes: list[PackedNode]
+    codegen: fx.graph.CodeGen
+
+
+def pack(graph: fx.Graph) -> PackedGraph:
+    """A graph as data that pickles: nodes refer to each other by their places."""
+    place = {node: _Place(index) for index, node in enumerate(graph.nodes)}
+    nodes = [
+        PackedNode(
+            node.op,
+            node.target,
+            map_arg(node.args, place.__getitem__),
+            map_arg(node.kwargs, place.__getitem__),
+            node.name,
+            node.meta.get("point"),
+        )
+        for node in graph.nodes
+    ]
+    return PackedGraph(nodes, graph._codegen)
+
+
+def unpack(packed: PackedGraph) -> fx.Graph:
+    """The graph that was packed."""
+    graph = fx.Graph()
+    graph.set_codegen(packed.codegen)
+    nodes: list[fx.Node] = []
+    for op, target, args, kwargs, name, point in packed.nodes:
+        args, kwargs = _resolve(args, nodes), _resolve(kwargs, nodes)
+        node = graph.create_node(op, target, args, kwargs, name)
+        if point is not None:
+            node.meta["point"] = point
+        nodes.append(node)
+    return graph
+
+
+def _resolve(value: Any, nodes: Sequence[fx.Node]) -> Any:
+    if isinstance(value, _Place):
+        return nodes[value.index]
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_resolve(item, nodes) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(_resolve(item, nodes) for item in value)
+    if isinstance(value, dict):
+        return {key: _resolve(item, nodes) for key, item in value.items()}
+    if isinstance(value, slice):
+        return slice(*(_resolve(item, nodes) for item in (value.start, value.stop, value.step)))
+    return value

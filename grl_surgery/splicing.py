@@ -1,0 +1,225 @@
+"""The verbs of surgery: insert_grl puts reversals in, strip takes them out; both leave the argument alone."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from grl_surgery.cutting import apply_cuts
+from grl_surgery.errors import SurgeryError, TracingError
+from grl_surgery.points import Edge, ancestors, near_names
+from grl_surgery.reversal import GradientReversal
+from grl_surgery.scoped import splice_inside
+from grl_surgery.selection import Selector, select_edges, select_points
+from grl_surgery.sharing import share_copy
+from grl_surgery.spliced_module import Cut, SplicedModule
+
+__all__ = ["insert_grl", "reversals", "strip"]
+
+
+def insert_grl(
+    model: nn.Module,
+    *,
+    after: Selector | None = None,
+    before: Selector | None = None,
+    edge: Any = None,
+    coeff: float | torch.Tensor = 1.0,
+    example_inputs: Any = None,
+) -> nn.Module:
+    """Splice a gradient reversal into a network, at a point or on one edge.
+
+    The forward is unchanged; the gradient that passes the point is multiplied by ``-coeff``. The model itself
+    is not changed, and the result shares its parameters and buffers. ``print(graph(model))`` lists the names.
+
+    Example:
+        >>> import torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> spliced = insert_grl(net, after="1", coeff=0.5)
+        >>> reversals(spliced)
+        {'grl_1': GradientReversal(coeff=0.5)}
+
+    Args:
+        model: Any network; or the result of an earlier call.
+        after: Reverse every use of the value of this point. A name, a list of names, ``"glob:layer3.*"``,
+            ``"re:..."``, a module class, or a function of a :class:`GraphNode`.
+        before: Reverse what flows back out of this point: every tensor that it uses.
+        edge: Reverse one use and no other: ``("layer2", "layer3.0.conv1")``, the same as
+            ``"layer2 -> layer3.0.conv1"``, an :class:`Edge` out of ``graph(model).edges``, or a list of these.
+        coeff: Non-negative; 0-d if it is a tensor. Every reversal can be set on its own afterwards.
+        example_inputs: Arguments of forward: a tensor, a tuple, or a dict by name. Only needed where a
+            predicate looks at shapes, or to keep an optional argument of forward an argument.
+
+    Returns:
+        A ``torch.fx.GraphModule`` with the original's state_dict keys. Where the network's own forward
+        cannot be traced, a network of the original's class, in which the smallest module around the points
+        that can be traced is replaced by its graph.
+
+    Raises:
+        PointNotFoundError: A selector matches nothing.
+        AmbiguousPointError: A name stands for several calls.
+        ShapeError: The value there is a size or a tuple.
+        TracingError: Nothing around the point can be traced.
+        SurgeryError: Not exactly one of after, before and edge, or a coefficient that is not valid.
+    """
+    keyword, selector = _only_one(after=after, before=before, edge=edge)
+    layer = GradientReversal(coeff)
+    check_model(model, "insert_grl")
+    base, cuts = _patient(model)
+    if keyword == "edge":
+        places: Sequence[str | Edge] = select_edges(base, selector)
+    else:
+        places = select_points(base, selector, keyword, example_inputs)
+    device = next((tensor.device for tensor in (*base.parameters(), *base.buffers())), None)
+    for place in places:
+        name = _free_name(base, place)
+        base.add_module(name, GradientReversal(layer.coeff.clone()).to(device).train(model.training))
+        cuts.append(Cut(keyword, place, name))  # type: ignore[arg-type]
+    return _splice(base, cuts, _given(base, example_inputs))
+
+
+def _only_one(**selectors: Any) -> tuple[str, Any]:
+    """The one keyword that was given, and its value."""
+    given = {keyword: value for keyword, value in selectors.items() if value is not None}
+    if len(given) != 1:
+        raise SurgeryError(
+            f"give exactly one of after, before and edge; got {' and '.join(given) or 'none of them'}",
+            example="insert_grl(model, after='layer3')",
+        )
+    return next(iter(given.items()))
+
+
+def check_model(model: Any, verb: str) -> None:
+    """Refuse what is not a network, or is one inside a wrapper that surgery would cut off.
+
+    Raises:
+        SurgeryError: With what to pass instead.
+    """
+    if not isinstance(model, nn.Module):
+        raise SurgeryError(
+            f"{verb} works on an nn.Module; got {type(model).__name__}: {str(model)[:60]!r}",
+            example=f"{verb}(timm.create_model('resnet18'), ...)",
+        )
+    inner = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
+    kind = type(model).__name__
+    if kind in inner:
+        raise SurgeryError(
+            f"this network is wrapped in {kind}, which would go on running the old graph: splice first, then wrap",
+            example=f"{verb}(model.{inner[kind]}, ...)",
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise SurgeryError(f"{verb} cannot cut a scripted network: pass the nn.Module that it was made from")
+
+
+def _patient(model: nn.Module) -> tuple[nn.Module, list[Cut]]:
+    """A tree to operate on, over the same tensors, and what was spliced into it before."""
+    if isinstance(model, SplicedModule):
+        base = share_copy(model._original)
+        base.training = model.training
+        return base, list(model.cuts)
+    return share_copy(model), []
+
+
+def _free_name(model: nn.Module, place: str | Edge) -> str:
+    """An attribute for a reversal that says where it is: ``grl_layer3_0_conv1``."""
+    name = "grl_" + re.sub(r"\W+", "_", place.target if isinstance(place, Edge) else place).strip("_")
+    numbered = (f"{name}_{count}" for count in itertools.count(2))
+    return next(free for free in itertools.chain([name], numbered) if not hasattr(model, free))
+
+
+def _given(model: nn.Module, example_inputs: Any) -> list[str]:
+    """Names of the arguments of forward that the example inputs fill."""
+    if example_inputs is None:
+        return []
+    if isinstance(example_inputs, Mapping):
+        return [str(name) for name in example_inputs]
+    count = len(example_inputs) if isinstance(example_inputs, (tuple, list)) else 1
+    return list(inspect.signature(model.forward).parameters)[:count]
+
+
+def _splice(base: nn.Module, cuts: Sequence[Cut], given: Sequence[str] = ()) -> nn.Module:
+    """The spliced network: as one graph if the root can be traced, else within the smallest modules."""
+    try:
+        return SplicedModule(base, apply_cuts(base, cuts, given=given), cuts)
+    except TracingError as error:
+        return splice_inside(base, cuts, error)
+
+
+# ------------------------------------------------------------------------------------------ reading, undoing
+
+
+def reversals(model: nn.Module) -> dict[str, GradientReversal]:
+    """Every gradient reversal in a network by its module path, in the order of the graph.
+
+    Example:
+        >>> import torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+        >>> reversals(insert_grl(net, after=["1", "0"]))
+        {'grl_0': GradientReversal(coeff=1.0), 'grl_1': GradientReversal(coeff=1.0)}
+    """
+    found = {path: m for path, m in model.named_modules() if isinstance(m, GradientReversal)}
+    nodes = model.graph.nodes if isinstance(model, SplicedModule) else ()
+    order = {str(node.target): place for place, node in reversed(list(enumerate(nodes)))}
+    place = {path: min((order[p] for p in (*ancestors(path), path) if p in order), default=-1) for path in found}
+    return {path: found[path] for path in sorted(found, key=place.__getitem__)}
+
+
+def strip(model: nn.Module, names: Sequence[str] | str | None = None) -> nn.Module:
+    """Take reversals and heads out again.
+
+    Example:
+        >>> import torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+        >>> type(strip(insert_grl(net, after="0"))).__name__
+        'Sequential'
+
+    Args:
+        model: A spliced network; it is not changed.
+        names: Only these of ``reversals(model)`` or of the heads; all by default.
+
+    Returns:
+        The network without them, over the same tensors. With nothing left in it, it is of the original's
+        class with the original's keys.
+
+    Raises:
+        SurgeryError: There is nothing to take out, or no such name.
+    """
+    check_model(model, "strip")
+    wanted = [names] if isinstance(names, str) else names
+    present = _spliced_names(model)
+    unknown = [name for name in wanted or () if name not in present]
+    if not present or unknown:
+        raise SurgeryError(
+            f"there is no {unknown[0]!r} to strip" if unknown else f"this {type(model).__name__} is not spliced",
+            choices=near_names(unknown[0], present) or present if unknown else (),
+            example="strip(insert_grl(model, after='layer3'))",
+        )
+    return _strip(model, "", present if wanted is None else wanted)
+
+
+def _spliced_names(model: nn.Module) -> list[str]:
+    return [
+        f"{path}.{cut.module}" if path else cut.module
+        for path, module in model.named_modules()
+        if isinstance(module, SplicedModule)
+        for cut in module.cuts
+    ]
+
+
+def _strip(model: nn.Module, prefix: str, names: Sequence[str]) -> nn.Module:
+    if isinstance(model, SplicedModule):
+        gone = [cut.module for cut in model.cuts if prefix + cut.module in names]
+        rest = [cut for cut in model.cuts if cut.module not in gone]
+        tree = model.without(gone)
+        return SplicedModule(tree, apply_cuts(tree, rest), rest) if rest else tree
+    tree = share_copy(model)
+    for path, module in list(tree.named_modules()):
+        if isinstance(module, SplicedModule) and path:
+            parent, _, name = path.rpartition(".")
+            tree.get_submodule(parent)._modules[name] = _strip(module, f"{path}.", names)
+    return tree

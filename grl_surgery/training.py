@@ -1,0 +1,362 @@
+"""What an adversarial training loop needs besides a network: domain loss, parameter groups, learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from grl_surgery.errors import PointNotFoundError, ShapeError, SurgeryError
+from grl_surgery.heads import find_heads
+from grl_surgery.points import near_names
+from grl_surgery.pooling import check_tensor
+from grl_surgery.schedules import check_progress
+
+__all__ = ["dann_lr", "domain_loss", "entropy_weights", "param_groups"]
+
+
+# -------------------------------------------------------------------------------------------- domain loss
+
+
+def domain_loss(
+    logits: Tensor,
+    domains: Tensor | int,
+    *,
+    weights: Tensor | None = None,
+    binary: bool | None = None,
+    balance: bool = False,
+    validate: bool = True,
+) -> Tensor:
+    """Cross-entropy between domain logits and the domains that the samples are from.
+
+    Example:
+        >>> logits = torch.zeros(6, 2, requires_grad=True)
+        >>> domain_loss(logits, torch.tensor([0, 0, 0, 0, 1, 1])).item() == torch.tensor(2.0).log().item()
+        True
+        >>> loss = domain_loss(logits[:4], 0) + domain_loss(logits[4:], 1)  # one domain in each batch
+
+    Args:
+        logits: (B, K) for a softmax over K domains, (B,) or (B, 1) for one logit of domain 1 against domain
+            0, or a map (B, K, ...) or (B, 1, ...), whose positions count alike. Half precision is computed in
+            float32.
+        domains: (B,), integers in 0 ... K - 1, or one integer for the whole batch.
+        weights: (B,), not negative: the loss is the weighted mean, so that their scale does not matter.
+        binary: Say which of both is meant, and have it checked; default: by the shape of the logits.
+        balance: Count each domain that is in the batch the same, however many samples it has there: the mean
+            of the domains' means.
+        validate: Check the values of labels and weights. That waits for the device where they are not on the
+            CPU, once per call; labels on the CPU, or one integer, are checked without. Shapes are always
+            checked.
+
+    Returns:
+        The loss, 0-d, float32 for half-precision logits and otherwise in their dtype.
+
+    Raises:
+        ShapeError: Logits, domains or weights do not fit each other.
+        SurgeryError: A label that is no domain (the message names it), negative weights, or a softmax over
+            one logit.
+    """
+    num_domains = count_domains(logits, binary)
+    labels = check_labels(domains, logits, num_domains, validate)
+    losses = loss_per_sample(logits, labels)
+    if weights is None and not balance:
+        return losses.mean()
+    scales = _check_weights(weights, losses, validate)
+    if not balance:
+        return (scales * losses).sum() / scales.sum()
+    return _mean_of_domains(losses, scales, labels, num_domains)
+
+
+def count_domains(logits: Tensor, binary: bool | None = None) -> int:
+    """Number of domains that these logits tell apart: 2 for a single logit, else the size of axis 1.
+
+    Raises:
+        ShapeError: These are no logits, or not of the kind that ``binary`` says.
+        SurgeryError: A softmax over one logit is asked for.
+    """
+    check_tensor(logits, "domain_loss")
+    shape = tuple(logits.shape)
+    if logits.dim() == 0 or logits.numel() == 0 or not logits.is_floating_point():
+        raise ShapeError(
+            f"domain logits of shape {shape}, {logits.dtype}: expected (B, K), floating point, not empty",
+            example="domain_loss(torch.randn(8, 2), torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]))",
+        )
+    single = logits.dim() == 1 or shape[1] == 1
+    if binary and not single:
+        raise ShapeError(
+            f"binary=True needs one logit per sample, (B,) or (B, 1), got {shape}",
+            example="domain_loss(logits, domains), which takes (B, 2) for a softmax",
+        )
+    if binary is False and single:
+        raise SurgeryError(
+            f"a softmax over the single logit of {shape} is constant, so it trains nothing",
+            example="domain_loss(logits, domains, binary=True), or a head with num_domains=2",
+        )
+    return 2 if single else shape[1]
+
+
+def check_labels(domains: Tensor | int, logits: Tensor, num_domains: int, validate: bool = True) -> Tensor:
+    """The labels as an int64 tensor (B,) beside the logits.
+
+    Raises:
+        ShapeError: Not one label per sample.
+        SurgeryError: Not integers, or one of them is no domain.
+    """
+    batch = logits.shape[0]
+    if isinstance(domains, int):
+        if not 0 <= domains < num_domains:
+            raise _no_domain(f"the label of the batch is {domains}", num_domains)
+        return torch.full((batch,), domains, dtype=torch.int64, device=logits.device)
+    if not isinstance(domains, Tensor) or domains.is_floating_point() or domains.is_complex():
+        kind = domains.dtype if isinstance(domains, Tensor) else type(domains).__name__
+        raise SurgeryError(
+            f"domain labels are integers 0 to {num_domains - 1}, got {kind}",
+            example="domain_loss(logits, domains.long())",
+        )
+    if tuple(domains.shape) != (batch,):
+        raise ShapeError(
+            f"domain labels of shape {tuple(domains.shape)} for logits of shape {tuple(logits.shape)}: "
+            f"expected one label per sample, ({batch},)",
+            example="domain_loss(logits, domains.flatten())",
+        )
+    # Inside a compiled graph there are no values to look at, and looking would break it in two.
+    if validate and not torch.compiler.is_compiling():
+        _check_range(domains, num_domains)
+    return domains.to(device=logits.device, dtype=torch.int64)
+
+
+def _check_range(domains: Tensor, num_domains: int) -> None:
+    wrong = (domains < 0) | (domains >= num_domains)
+    if wrong.any():
+        index = int(wrong.nonzero()[0, 0])
+        raise _no_domain(f"domains[{index}] is {int(domains[index])}", num_domains)
+
+
+def _no_domain(problem: str, num_domains: int) -> SurgeryError:
+    return SurgeryError(
+        f"{problem}, but the logits are of the domains 0 to {num_domains - 1}",
+        example=f"a head with num_domains={num_domains + 1}, or labels below {num_domains}",
+    )
+
+
+def loss_per_sample(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy (B,) of checked labels (B,), mean over the positions of a map."""
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    maps = (
+        logits.reshape(len(logits), 1, 1)
+        if logits.dim() == 1
+        else logits.flatten(2)
+        if logits.dim() > 2
+        else logits[..., None]
+    )
+    targets = labels[:, None].expand(-1, maps.shape[2])
+    if maps.shape[1] == 1:
+        each = F.binary_cross_entropy_with_logits(maps[:, 0], targets.to(maps.dtype), reduction="none")
+    else:
+        each = F.cross_entropy(maps, targets, reduction="none")
+    return each.mean(dim=1)
+
+
+def _check_weights(weights: Tensor | None, losses: Tensor, validate: bool) -> Tensor:
+    if weights is None:
+        return torch.ones_like(losses)
+    check_tensor(weights, "domain_loss, for its weights,")
+    if weights.shape != losses.shape:
+        raise ShapeError(
+            f"weights of shape {tuple(weights.shape)} for a batch of {len(losses)}: expected one per sample",
+            example="domain_loss(logits, domains, weights=entropy_weights(class_logits, domains))",
+        )
+    if validate and not torch.compiler.is_compiling() and not ((weights >= 0).all() & (weights.sum() > 0)):
+        raise SurgeryError(
+            f"weights must not be negative or nan, and not all zero; the least is {weights.min().item()}, "
+            f"their sum {weights.sum().item()}",
+            example="domain_loss(logits, domains, weights=entropy_weights(class_logits, domains))",
+        )
+    return weights.detach().to(device=losses.device, dtype=losses.dtype)
+
+
+def _mean_of_domains(losses: Tensor, weights: Tensor, labels: Tensor, num_domains: int) -> Tensor:
+    """Mean over the domains that have weight of their weighted means, without a wait for the device."""
+    belongs = _membership(labels, num_domains).to(losses.dtype) * weights
+    totals = belongs.sum(dim=1)
+    present = totals > 0
+    means = (belongs * losses).sum(dim=1) / totals.where(present, 1.0)
+    return means.sum() / present.sum()
+
+
+def _membership(labels: Tensor, num_domains: int) -> Tensor:
+    """(K, B), whether sample b is from domain k."""
+    return torch.arange(num_domains, device=labels.device)[:, None] == labels
+
+
+def entropy_weights(class_logits: Tensor, domains: Tensor | None = None) -> Tensor:
+    """Weights of CDAN+E: 1 + exp(-H), H the entropy of the predicted classes, with mean 1 in each domain.
+
+    Samples that the network is sure of count up to twice as much as those it is not (Long et al.,
+    "Conditional Adversarial Domain Adaptation", NeurIPS 2018, entropy conditioning). As in the authors' code
+    they are normalised in each domain on its own; without ``domains`` it is over the whole batch, as in
+    the Transfer-Learning-Library. Two differences: the entropy is computed from the logits without an epsilon
+    inside the logarithm, and the weights carry no gradient, while the authors' code reverses one through
+    them.
+
+    Example:
+        >>> entropy_weights(torch.tensor([[9.0, 0.0], [0.0, 0.0]]))  # sure, and not at all
+        tensor([1.1426, 0.8574])
+
+    Args:
+        class_logits: (B, classes), before the softmax.
+        domains: (B,), integers; None for one normalisation over the batch.
+
+    Returns:
+        (B,), without gradient, in the dtype of the logits, float32 for half precision.
+
+    Raises:
+        ShapeError: Not logits of shape (B, classes), or not one label for each sample.
+    """
+    check_tensor(class_logits, "entropy_weights")
+    if class_logits.dim() != 2 or class_logits.numel() == 0:
+        raise ShapeError(
+            f"class logits of shape {tuple(class_logits.shape)}: expected (B, classes), not empty",
+            example="entropy_weights(torch.randn(8, 10), domains)",
+        )
+    logits = class_logits.detach()
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    log_p = logits.log_softmax(dim=1)
+    # A class that is ruled out has log p = -inf, and 0 x -inf is nan where the limit is 0.
+    entropy = -(log_p.exp() * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum(dim=1)
+    weights = 1.0 + torch.exp(-entropy)
+    if domains is None:
+        return weights / weights.mean()
+    if tuple(domains.shape) != (len(weights),):
+        raise ShapeError(
+            f"domain labels of shape {tuple(domains.shape)}: expected one per sample, ({len(weights)},)",
+            example="entropy_weights(class_logits, domains.flatten())",
+        )
+    same = domains.to(weights.device)[:, None] == domains.to(weights.device)
+    return weights * same.sum(dim=1) / (same * weights).sum(dim=1)
+
+
+# --------------------------------------------------------------------------------------- parameter groups
+
+
+def param_groups(
+    model: nn.Module, lr: float, new_multiplier: float = 10.0, *, new: str | Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer: the pretrained backbone, and new layers that learn faster.
+
+    New are the domain heads, and the layers named in ``new``. Frozen parameters are left out, each other
+    parameter is in exactly one group; one that a head shares with the backbone is the backbone's, unless it
+    is named. A group that would be empty is left out.
+
+    Example:
+        >>> from grl_surgery.heads import DomainClassifier, DomainHead
+        >>> model = nn.ModuleDict({"stem": nn.Linear(4, 4), "domain": DomainHead(DomainClassifier(4))})
+        >>> groups = param_groups(model, lr=0.01)
+        >>> [(group["name"], group["lr"], len(group["params"])) for group in groups]
+        [('backbone', 0.01, 2), ('new', 0.1, 6)]
+        >>> optimizer = torch.optim.SGD(groups, momentum=0.9)
+
+    Args:
+        model: A network with domain heads, wrapped or not.
+        lr: Learning rate of the backbone.
+        new_multiplier: How many times that of the new layers is (10 in the authors' code of DANN and CDAN).
+        new: Names of further modules or parameters that are new, such as a fresh ``"fc"``.
+
+    Raises:
+        SurgeryError: Nothing is new, nothing is trainable, or a learning rate is impossible.
+        PointNotFoundError: ``new`` names no parameter.
+    """
+    _check_positive("lr", lr)
+    _check_positive("new_multiplier", new_multiplier)
+    prefixes = [new] if isinstance(new, str) else list(new)
+    names = _names_by_parameter(model)
+    _check_names(prefixes, [name for group in names.values() for name in group])
+    heads = list(find_heads(model))
+    if not heads and not prefixes:
+        raise SurgeryError(
+            f"there is no domain head in this {type(model).__name__} and no new= layer, so no layer is new",
+            example="attach_domain_head(model, after='global_pool'), or param_groups(model, lr, new='fc')",
+        )
+    fresh: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for parameter, known_as in names.items():
+        if not parameter.requires_grad:
+            continue
+        named = any(_is_inside(name, prefixes) for name in known_as)
+        (fresh if named or all(_is_inside(name, heads) for name in known_as) else rest).append(parameter)
+    rates = {"backbone": (rest, lr), "new": (fresh, lr * new_multiplier)}
+    check_partition((rest, fresh), model)
+    return [{"name": name, "params": params, "lr": rate} for name, (params, rate) in rates.items() if params]
+
+
+def check_partition(groups: Iterable[Iterable[nn.Parameter]], model: nn.Module) -> None:
+    """Check that each trainable parameter of ``model`` is in exactly one of the groups, and nothing else is.
+
+    Raises:
+        SurgeryError: One is missing, is there twice, or is frozen or foreign.
+    """
+    placed = [id(parameter) for group in groups for parameter in group]
+    trainable = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    problems = [f"{name} is in {n} groups" for i, name in trainable.items() if (n := placed.count(i)) != 1]
+    if set(placed) - trainable.keys():
+        problems.append("a group holds a parameter that is frozen or not the model's")
+    if problems or not trainable:
+        raise SurgeryError(
+            f"every trainable parameter belongs into exactly one group: "
+            f"{'; '.join(problems) or 'none is trainable'}",
+            example="param_groups(model, lr=0.01)",
+        )
+
+
+def _names_by_parameter(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return names
+
+
+def _is_inside(name: str, prefixes: Iterable[str]) -> bool:
+    return any(prefix == "" or name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def _check_names(prefixes: Sequence[str], names: Sequence[str]) -> None:
+    for prefix in prefixes:
+        if not prefix or not any(_is_inside(name, [prefix]) for name in names):
+            modules = [name.rpartition(".")[0] for name in names]
+            near = near_names(prefix, [*modules, *names])
+            raise PointNotFoundError(
+                f"new={prefix!r} names no module with parameters and no parameter",
+                choices=near,
+                example=f"param_groups(model, lr, new={near[0]!r})" if near else "param_groups(model, lr)",
+            )
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not 0.0 < value < float("inf"):
+        raise SurgeryError(f"{name} is {value!r}, but must be positive and finite", example=f"{name}=0.01")
+
+
+def dann_lr(p: float, lr0: float = 0.01, alpha: float = 10.0, beta: float = 0.75) -> float:
+    """The learning rate of DANN at progress p: lr0 / (1 + alpha p) ** beta.
+
+    Ganin et al., "Domain-Adversarial Training of Neural Networks", 2016 (mu_p in the section on experiments).
+
+    Example:
+        >>> [round(dann_lr(p), 6) for p in (0.0, 0.5, 1.0)]
+        [0.01, 0.002608, 0.001656]
+
+    Args:
+        p: Training progress in [0, 1].
+        lr0: Learning rate at the start.
+        alpha: How soon it falls.
+        beta: How far it falls.
+
+    Raises:
+        SurgeryError: ``p`` is outside [0, 1].
+    """
+    return float(lr0 / (1.0 + alpha * check_progress(p)) ** beta)
