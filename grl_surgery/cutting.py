@@ -77,7 +77,8 @@ def retrace(model: SplicedModule, opened: Collection[str]) -> Trace:
 def _cut(model: nn.Module, graph: fx.Graph, cut: Cut, names: Sequence[str]) -> int:
     """Make one cut in one graph; returns how many uses of a value it changed."""
     if isinstance(cut.at, Edge):
-        slot = _edge_slot(graph, cut.at, *(_find(model, end, names) for end in (cut.at.source, cut.at.target)))
+        source, target = (_find(model, end, names) for end in (cut.at.source, cut.at.target))
+        slot = _edge_slot(graph, cut.at, source, target)
         return _reverse_uses(model, graph, [slot] if slot else [], cut.module)
     name, items = (cut.at, ()) if cut.at in names else split_items(cut.at)
     name = _find(model, name if items else cut.at, names)
@@ -166,9 +167,7 @@ def _inserting_after(graph: fx.Graph, node: fx.Node) -> AbstractContextManager[N
 Slot = tuple[fx.Node, str]  # a node, and which of its arguments
 
 
-def _cut_before(
-    model: nn.Module, graph: fx.Graph, nodes: Sequence[fx.Node], module: str, name: str
-) -> int:
+def _cut_before(model: nn.Module, graph: fx.Graph, nodes: Sequence[fx.Node], module: str, name: str) -> int:
     entering = [node for node in nodes if node.meta.get("boundary", "in") == "in"]
     slots = [(node, arg) for node in entering for arg, source in links(node) if not is_size(source)]
     if nodes and not slots:
@@ -258,7 +257,6 @@ def _overwrites_first(model: nn.Module, node: fx.Node) -> bool:
 
 
 _IN_PLACE = frozenset(name for name in dir(operator) if name.startswith("i") and name[1:] in dir(operator))
-
 
 
 def _asks_in_place(node: fx.Node, name: str) -> bool:

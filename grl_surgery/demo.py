@@ -8,10 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.table import Column, Table
 from torch import nn
 
 from grl_surgery.errors import SurgeryError
+from grl_surgery.model_graph import ModelGraph
 from grl_surgery.models import load_model
 
 __all__ = ["classify", "load_packaged_efficientnet_lite0", "photographs", "run_demo"]
@@ -47,8 +50,8 @@ def run_demo(console: Console | None = None) -> bool:
     _step(say, 1, f"timm's {_NETWORK} with its ImageNet weights, on two photographs")
     _print_classes(say, network, images)
 
-    _step(say, 2, "Where a reversal can go: grl_surgery.graph(network)")
-    say.out(str(gs.graph(network, depth=1)), highlight=False)
+    _step(say, 2, "Its modules, each a place for a reversal: grl_surgery.graph(network, depth=2)")
+    say.print(_table(gs.graph(network, depth=2)))
 
     _step(say, 3, f"A gradient reversal after {_POINT}: grl_surgery.insert_grl(network, after={_POINT!r})")
     reversed_network = gs.insert_grl(network, after=_POINT)
@@ -181,6 +184,17 @@ def _not_installed(error: ImportError) -> SurgeryError:
 
 def _step(say: Console, number: int, title: str) -> None:
     say.print(f"\n[bold cyan]{number}[/]  [bold]{title}[/]\n", soft_wrap=True)
+
+
+def _table(graph: ModelGraph) -> Table:
+    right = (Column("output", justify="right"), Column("parameters", justify="right"))
+    table = Table("point", "type", *right, box=SIMPLE_HEAD, pad_edge=False)
+    for node in graph.nodes:
+        if node.op == "call_module":
+            shape = " × ".join(map(str, node.shape or ()))
+            style = "bold green" if node.name == _POINT else None
+            table.add_row(node.name, node.type, shape, f"{node.parameters:,}", style=style)
+    return table
 
 
 def _print_classes(say: Console, network: nn.Module, images: Mapping[str, torch.Tensor]) -> None:

@@ -47,7 +47,7 @@ class ReversalFlip:
         name: As in ``reversals(model)``.
         where: The point or edge it stands at.
         coeff: Its coefficient when it was verified.
-        ok: Whether the gradient that leaves it is -coeff times the one that enters, bit for bit, and not zero.
+        ok: Whether the gradient that leaves is -coeff times the one that enters, bit for bit, and not zero.
         note: What is wrong, in words.
     """
 
@@ -94,18 +94,20 @@ class FlipReport:
     @property
     def verdict(self) -> str:
         """One sentence with the counts."""
-        upstream = [row for row in self.parameters if row.predicted == "flipped" or row.measured == "flipped"]
+        upstream = [row for row in self.parameters if "flipped" in (row.predicted, row.measured)]
+        total = sum(row.measured != "no signal" for row in upstream)
         flipped = sum(row.measured == "flipped" and row.ok for row in upstream)
-        total = len([row for row in upstream if row.measured != "no signal"])
-        count = Counter(row.measured for row in self.parameters)
-        parts = [f"{flipped} of {total} upstream parameters flipped, bit for bit"]
-        parts += [f"{count['unchanged']} downstream unchanged"] if count["unchanged"] else []
-        parts += [f"{count['mixed']} mixed as predicted"] if count["mixed"] else []
-        parts += [f"{count['unreached']} unreached"] if count["unreached"] else []
-        parts += [f"{count['no signal']} without signal"] if count["no signal"] else []
-        parts += [f"{count['wrong']} WRONG"] if count["wrong"] else []
-        parts += ["forward identical" if self.forward_identical else "forward DIFFERS"]
-        return "; ".join(parts)
+        count = Counter(row.measured for row in self.parameters if row.ok)
+        counted = {
+            f"{flipped} of {total} upstream parameters flipped, bit for bit": total,
+            f"{count['mixed']} mixed as the paths say": count["mixed"],
+            f"{count['unchanged']} downstream unchanged": count["unchanged"],
+            f"{count['unreached']} unreached": count["unreached"],
+            f"{count['no signal']} without signal": count["no signal"],
+            f"{sum(not row.ok for row in self.parameters)} WRONG": not all(row.ok for row in self.parameters),
+        }
+        forward = "forward identical" if self.forward_identical else "forward DIFFERS"
+        return "; ".join([text for text, present in counted.items() if present] + [forward])
 
     def raise_if_failed(self) -> FlipReport:
         """Return the report if it is good.
@@ -142,7 +144,8 @@ class FlipReport:
         from rich.markup import escape
         from rich.table import Table
 
-        yield f"[bold {'green' if self.ok else 'red'}]{'OK' if self.ok else 'FAILED'}[/]  {escape(self.verdict)}"
+        mark = "[bold green]OK[/]" if self.ok else "[bold red]FAILED[/]"
+        yield f"{mark}  {escape(self.verdict)}"
         for problem in self.problems:
             yield f"[red]{escape(problem)}[/]"
         table = Table("reversal", "where", "coeff", "flip", box=None, pad_edge=False, title_justify="left")

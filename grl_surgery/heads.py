@@ -430,7 +430,7 @@ class DomainHead(nn.Module):
             return
         if not isinstance(logits, Tensor):
             raise ShapeError(
-                f"{type(self.classifier).__name__} returned {type(logits).__name__}, not one tensor of logits",
+                f"{type(self.classifier).__name__} returned {type(logits).__name__}, not a tensor of logits",
                 example=f"a classifier whose forward returns (B, {self.num_logits})",
             )
         shape, batch = tuple(logits.shape), features.shape[0]
@@ -548,13 +548,12 @@ def _build_pool(
                 example="classifier='global'",
             )
         return FeaturePool(layout.name, reduction="none", num_prefix_tokens=num_prefix_tokens)
-    if pool == "none":
-        if layout.name != "nc":
-            raise ShapeError(
-                f"pool='none' would hand {axes} to a classifier of (B, C)",
-                choices=["auto", layout.name],
-                example="pool='auto', or a classifier of your own",
-            )
+    if pool == "none" and layout.name != "nc" and not isinstance(classifier, nn.Module):
+        raise ShapeError(
+            f"pool='none' would hand {axes} to a classifier of (B, C)",
+            choices=["auto", layout.name],
+            example="pool='auto', or a classifier of your own",
+        )
     reduction: Literal["mean", "class_token"] = "class_token" if pool == "class_token" else "mean"
     pooling = FeaturePool(layout.name, reduction=reduction, num_prefix_tokens=num_prefix_tokens)
     return None if pool == "none" else pooling

@@ -29,8 +29,7 @@ def example_inputs(model: nn.Module) -> tuple[Any, ...] | None:
         [(2, 3, 160, 160)]
 
     Args:
-        model: A network of timm or torchvision, or one that has the attribute ``example_inputs``. A graph
-            made of a torchvision network says which in ``meta["original_class"]``, by its full name.
+        model: A network of timm or torchvision, or one that has the attribute ``example_inputs``.
 
     Returns:
         A tuple to call the model with: tensors, or what torchvision's detection models take (a list of
@@ -80,10 +79,7 @@ def _timm_size(model: nn.Module) -> tuple[int, ...] | None:
 
 def _torchvision_inputs(model: nn.Module) -> tuple[Any, ...] | None:
     """By the model's class: torchvision keeps its metadata with the weights, not with the model."""
-    name = (
-        getattr(model, "meta", {}).get("original_class")
-        or f"{type(model).__module__}.{type(model).__qualname__}"
-    )
+    name = f"{type(model).__module__}.{type(model).__qualname__}"
     package, _, kind = name.rpartition(".")
     if not package.startswith("torchvision.models."):
         return None

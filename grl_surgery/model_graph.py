@@ -177,7 +177,7 @@ def _without_data(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
         for holder in (module._parameters, module._buffers):
             for name, tensor in holder.items():
                 if tensor is not None:
-                    holder[name] = mode.from_tensor(tensor, static_shapes=True)
+                    holder[name] = mode.from_tensor(tensor, static_shapes=True)  # type: ignore[assignment]
     return tree
 
 

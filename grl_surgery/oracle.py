@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ class HookReversal(nn.Module):
         """Copy ``x``; its gradient comes back negated."""
         y = x.clone()
         if y.requires_grad:
-            y.register_hook(torch.neg)
+            y.register_hook(torch.neg)  # type: ignore[no-untyped-call]
         return y
 
 
@@ -35,27 +35,24 @@ def recipes(model: nn.Module) -> dict[str, tuple[Cut, ...]]:
     return {path: m.cuts for path, m in model.named_modules() if isinstance(m, SplicedModule)}
 
 
-def with_reversals(
-    model: nn.Module,
-    reference: nn.Module,
-    make: Callable[[], nn.Module],
-) -> nn.Module:
+def with_reversals(model: nn.Module, reference: nn.Module, make: Callable[[], nn.Module]) -> nn.Module:
     """The reference with ``make()`` where the recipe of ``model`` says that there is a reversal.
 
-    The graphs of ``model`` itself are not used: the reference is traced again and cut again. A reversal that
-    the user wrote into the network himself is exchanged where it stands.
+    The graphs of ``model`` itself are not used: the reference is traced again and cut again. Heads are
+    ``model``'s own. A reversal that the user wrote into the network is exchanged where it stands.
     """
     tree = share_copy(reference)
     for path, cuts in sorted(recipes(model).items(), key=lambda item: -len(item[0])):
         host = tree.get_submodule(path)
         for cut in cuts:
-            host.add_module(cut.module, make())
-        spliced = SplicedModule(host, apply_cuts(host, cuts), cuts)
-        if not path:
-            tree = spliced
-        else:
+            spliced = model.get_submodule(path).get_submodule(cut.module)
+            host.add_module(cut.module, share_copy(spliced) if cut.kind == "head" else make())
+        graphs = SplicedModule(host, apply_cuts(host, cuts), cuts)
+        if path:
             parent, _, name = path.rpartition(".")
-            tree.get_submodule(parent)._modules[name] = spliced
+            tree.get_submodule(parent)._modules[name] = graphs
+        else:
+            tree = graphs
     for module in list(tree.modules()):
         for name, child in module._modules.items():
             if isinstance(child, GradientReversal):
@@ -66,11 +63,12 @@ def with_reversals(
 # ------------------------------------------------------------------------------------------ prediction
 
 
-def predict(oracle: nn.Module) -> dict[int, Factors]:
-    """What the graph says of each parameter: the signs of all paths from it to the output.
+def predict(oracle: nn.Module, objective: str = "output") -> dict[int, Factors]:
+    """What the graph says of each parameter: the signs of all paths from it to an objective.
 
     Args:
         oracle: Result of :func:`with_reversals`.
+        objective: ``output``, or the name of a head.
 
     Returns:
         From ``id(parameter)`` to ``{1}`` (unchanged), ``{-1}`` (flipped), both (mixed) or none (unreached).
@@ -79,24 +77,27 @@ def predict(oracle: nn.Module) -> dict[int, Factors]:
     if not isinstance(oracle, SplicedModule):
         return {}
     reversed_by = {cut.module for cut in oracle.cuts}
+    heads = [cut.module for cut in oracle.cuts if cut.kind == "head"]
+    part = f"0[{('output', *heads).index(objective)}]" if heads else "0"
     known: dict[int, Factors] = {id(parameter): frozenset() for parameter in oracle.parameters()}
-    for node, factors in _signs(oracle.graph, reversed_by).items():
+    for node, factors in _signs(oracle.graph, reversed_by, part).items():
         for parameter in _parameters_of(oracle, node):
             known[id(parameter)] |= factors
     return known
 
 
-def _signs(graph: fx.Graph, reversed_by: set[str]) -> dict[fx.Node, Factors]:
-    """For each node the signs of all paths from its value to the output."""
+def _signs(graph: fx.Graph, reversed_by: set[str], part: str) -> dict[fx.Node, Factors]:
+    """For each node the signs of all paths from its value to one part of the output."""
     signs: dict[fx.Node, set[int]] = {node: set() for node in graph.nodes}
     for node in reversed(graph.nodes):
-        if node.op == "output":
-            signs[node] = {1}
         if is_size(node) or (node.op == "call_method" and node.target == "detach"):
             signs[node] = set()
-        flip = -1 if node.op == "call_module" and node.target in reversed_by else 1
-        for _, source in links(node):
-            signs[source] |= {flip * sign for sign in signs[node]}
+        spliced = node.op == "call_module" and node.target in reversed_by
+        for arg, source in links(node):
+            if node.op == "output":
+                signs[source] |= {1} if arg.startswith(part) else set()
+            elif not (spliced and arg != "0"):  # what conditions a head is detached
+                signs[source] |= {-sign if spliced else sign for sign in signs[node]}
     return {node: frozenset(found) for node, found in signs.items()}
 
 
@@ -119,5 +120,3 @@ def in_words(factors: Factors | None) -> str:
         frozenset(): "unreached",
     }
     return "unknown" if factors is None else names[factors]
-
-

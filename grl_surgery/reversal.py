@@ -21,6 +21,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from torch._decomp import register_decomposition
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import handle_torch_function, has_torch_function
 
@@ -36,8 +37,8 @@ def reverse_gradient(x: Tensor, coeff: float | Tensor = 1.0) -> Tensor:
     seen through `x`. Where nothing else reads `x` that is harmless (`ReLU(inplace=True)` may follow). Where
     something else does, such as another branch of the network, clone first. Where `x` is a leaf that requires
     grad, or a view of one, an in-place operation on the result raises an error, as it does on the leaf. In a
-    compiled or exported graph, and for such a leaf under a `torch.func` transform, the result has memory of
-    its own.
+    compiled or exported graph, and for such a leaf under a `torch.func` transform or forward-mode
+    differentiation, the result has memory of its own.
 
     The gradient that leaves is `(grad * -coeff).to(grad.dtype)`, with the value that `coeff` had in the
     forward. The coefficient itself receives no gradient.
@@ -250,7 +251,7 @@ def _check_scalar(coeff: float | Tensor) -> None:
         )
     # Reading from another device would make the host wait for it; a subclass may hold no value at all.
     if type(coeff) is Tensor and coeff.device.type == "cpu" and not _is_recording():
-        _check_number(coeff.item())
+        _check_number(coeff.detach().item())
 
 
 def _check_coeff_dtype(coeff: Tensor) -> None:
@@ -367,8 +368,14 @@ def _alias_kind(x: Tensor) -> Literal["detached", "view", "copied"]:
     base = x if x._base is None else x._base
     if not (base.requires_grad and base.is_leaf and torch.is_grad_enabled()):
         return "detached"
-    # What a transform wraps forgets that it is a view.
-    return "copied" if torch._C._are_functorch_transforms_active() else "view"
+    # What a transform wraps forgets that it is a view, and in forward mode a view needs a view for a tangent.
+    if torch._C._are_functorch_transforms_active() or _has_tangent(x):
+        return "copied"
+    return "view"
+
+
+def _has_tangent(x: Tensor) -> bool:
+    return forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
 
 
 # --- The operator that stays in recorded graphs

@@ -49,7 +49,9 @@ def _host(base: nn.Module, cut: Cut, failure: TracingError) -> str:
     paths = module_paths(base)
     for end in names_in(cut):
         if enclosing(end, paths) == [""] and split_number(split_items(end)[0])[0] not in paths:
-            raise PointNotFoundError(f"there is no point {end!r} in this network", choices=near_names(end, paths))
+            raise PointNotFoundError(
+                f"there is no point {end!r} in this network", choices=near_names(end, paths)
+            )
     around = [[paths[name] for name in enclosing(end, paths)] for end in names_in(cut)]
     common = [path for path in around[0] if path and all(path in other for other in around)]
     spliced = [path for path in common if isinstance(base.get_submodule(path), SplicedModule)]
@@ -72,7 +74,7 @@ def _operate(base: nn.Module, path: str, cuts: Sequence[Cut]) -> SplicedModule:
     module = base.get_submodule(path)
     before: tuple[Cut, ...] = ()
     if isinstance(module, SplicedModule):
-        module, before = module._original, module.cuts
+        before, module = module.cuts, module._original
     inside = [*before, *(replace(cut, at=_relative(cut.at, prefix)) for cut in cuts)]
     return SplicedModule(module, apply_cuts(module, inside), inside)
 

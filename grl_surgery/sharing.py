@@ -42,9 +42,13 @@ def share_copy(model: nn.Module, only: Iterable[nn.Module] | None = None) -> nn.
     copies: dict[int, Any] = {id(m): _twin(m) for m in modules if not isinstance(m, torch.jit.ScriptModule)}
     for twin in list(copies.values()):
         attributes = twin.__dict__
-        for key, value in attributes.items():
+        for key in attributes.keys() - _HOOKS.keys():
+            value = attributes[key]
             if type(value) not in _ATOMS:
                 attributes[key] = _redirect(value, copies)
+        for key, kind in _HOOKS.items():
+            value = attributes.get(key)
+            attributes[key] = _redirect(value, copies) if value else kind()
     return cast(nn.Module, copies.get(id(model), model))
 
 
@@ -62,11 +66,15 @@ def _twin(module: nn.Module) -> nn.Module:
     return twin
 
 
+# Where every module keeps its hooks, mostly none: half of its attributes, so this is worth the haste.
+_HOOKS = {key: type(value) for key, value in nn.Module().__dict__.items() if "hooks" in key and value == {}}
+
+
 def _redirect(value: Any, copies: dict[int, Any]) -> Any:
     """``value`` with its containers copied, each once, and every module in it replaced by its twin."""
+    kind = type(value)
     if id(value) in copies:
         return copies[id(value)]
-    kind = type(value)
     if kind in _DICTS:
         copied = copies[id(value)] = value.copy()
         for key, item in value.items():
@@ -84,8 +92,8 @@ def _redirect(value: Any, copies: dict[int, Any]) -> Any:
     if kind is types.MethodType and id(value.__self__) in copies:
         return types.MethodType(value.__func__, copies[id(value.__self__)])
     if kind is functools.partial:
-        args = (_redirect(item, copies) for item in (value.func, *value.args))
-        return functools.partial(*args, **_redirect(value.keywords, copies))
+        args = [_redirect(item, copies) for item in value.args]
+        return functools.partial(_redirect(value.func, copies), *args, **_redirect(value.keywords, copies))
     if getattr(value, "with_module", None) is True:
         return _redirect_hook(value, copies)
     return value

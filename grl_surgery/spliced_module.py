@@ -83,8 +83,10 @@ class SplicedModule(fx.GraphModule):
 
     def recompile(self) -> Any:
         """Write the forward from the graph; with more than one, write each and choose by the mode."""
+        if "_graphs" not in self.__dict__:
+            return None  # called by GraphModule.__init__, before there is anything to write
         code = super().recompile()
-        if not self.__dict__.get("_graphs") or not self._traced.steering:
+        if not self._traced.steering:
             return code
         current, kind = self._graph, type(self)
         self._graphs[self._flags()] = current
@@ -149,7 +151,7 @@ def _rebuild(
 ) -> SplicedModule:
     constants = {name: original._buffers[name] for name in traced.constants}
     unpacked = {flags: unpack(packed) for flags, packed in graphs.items()}
-    module = SplicedModule(original, replace(traced, graphs=unpacked, constants=constants), cuts)  # type: ignore[arg-type]
+    module = SplicedModule(original, replace(traced, graphs=unpacked, constants=constants), cuts)
     module.__dict__.update(attributes)
     return module
 
@@ -161,7 +163,9 @@ def _forward_by_mode(self: Any, *args: Any, **kwargs: Any) -> Any:
     if forward is not None:
         return forward(self, *args, **kwargs)
     traced: Trace = self._traced
-    modes = (f"{path or 'the root'}.training={flag}" for path, flag in zip(traced.steering, flags, strict=True))
+    modes = (
+        f"{path or 'the root'}.training={flag}" for path, flag in zip(traced.steering, flags, strict=True)
+    )
     reason = traced.refused.get(flags, "surgery traced the mode of that moment, all on, and all off")
     raise TracingError(
         f"there is no graph for {', '.join(modes)}: {reason}",
@@ -175,7 +179,7 @@ def _forward_by_mode(self: Any, *args: Any, **kwargs: Any) -> Any:
 class _Place(NamedTuple):
     """Stands for the node at this index."""
 
-    index: int
+    place: int
 
 
 class PackedNode(NamedTuple):
@@ -229,7 +233,7 @@ def unpack(packed: PackedGraph) -> fx.Graph:
 
 def _resolve(value: Any, nodes: Sequence[fx.Node]) -> Any:
     if isinstance(value, _Place):
-        return nodes[value.index]
+        return nodes[value.place]
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_resolve(item, nodes) for item in value))
     if isinstance(value, (tuple, list)):

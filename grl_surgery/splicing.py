@@ -165,7 +165,9 @@ def reversals(model: nn.Module) -> dict[str, GradientReversal]:
     found = {path: m for path, m in model.named_modules() if isinstance(m, GradientReversal)}
     nodes = model.graph.nodes if isinstance(model, SplicedModule) else ()
     order = {str(node.target): place for place, node in reversed(list(enumerate(nodes)))}
-    place = {path: min((order[p] for p in (*ancestors(path), path) if p in order), default=-1) for path in found}
+    place = {
+        path: min((order[p] for p in (*ancestors(path), path) if p in order), default=-1) for path in found
+    }
     return {path: found[path] for path in sorted(found, key=place.__getitem__)}
 
 
@@ -195,7 +197,9 @@ def strip(model: nn.Module, names: Sequence[str] | str | None = None) -> nn.Modu
     unknown = [name for name in wanted or () if name not in present]
     if not present or unknown:
         raise SurgeryError(
-            f"there is no {unknown[0]!r} to strip" if unknown else f"this {type(model).__name__} is not spliced",
+            f"there is no {unknown[0]!r} to strip"
+            if unknown
+            else f"this {type(model).__name__} is not spliced",
             choices=near_names(unknown[0], present) or present if unknown else (),
             example="strip(insert_grl(model, after='layer3'))",
         )

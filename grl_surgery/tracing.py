@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import random
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -159,11 +160,10 @@ def _trace_once(
     numbers_fixed: bool = False,
 ) -> tuple[fx.Graph, set[str]]:
     """One trace with the flags as they are, or all set to ``mode``; and whose flags the forwards read."""
-    copy = share_copy(model, only=[model.get_submodule(path) for path in opened])
-    with _ONE_AT_A_TIME, random_state_kept() as moved, _reads_of_training(copy, mode) as read:
-        tracer = _Tracer(copy, opened, given, constants, numbers_fixed, moved)
+    with _ONE_AT_A_TIME, random_state_kept() as moved:
+        tracer = _Tracer(model, opened, given, constants, numbers_fixed, moved)
         try:
-            return tracer.trace(copy), read
+            return tracer.trace(_trace_copy(model, opened, mode)), tracer.steering
         except Exception as error:  # user code runs in here: anything can come out of it
             steered = isinstance(error, fx.proxy.TraceError) and tracer.has_numbers and not numbers_fixed
             if not steered:
@@ -171,58 +171,81 @@ def _trace_once(
     return _trace_once(model, opened, given, constants, mode, numbers_fixed=True)
 
 
-def _random_state() -> tuple[Any, ...]:
-    """State of every generator on the host, comparable."""
+def _trace_copy(model: nn.Module, opened: frozenset[str], mode: bool | None) -> nn.Module:
+    """The opened modules and their children, on which the forwards run instead of on the model.
+
+    Each flag is moved from the instance to where torch.fx sees an attribute being read. What lies inside a
+    module that stays one call can be reached but is not listed: torch.fx would walk through all of it.
+    """
+    near = {path: model.get_submodule(path) for path in opened}
+    for path in opened:
+        near.update(_children(path, near[path]))
+    copy = share_copy(model, only=list(dict.fromkeys(near.values())))
+    for path in near:
+        module = copy.get_submodule(path)
+        flag = module.__dict__.pop("training", None)
+        if flag is not None:
+            module._buffers["training"] = _Flag(path, flag if mode is None else mode)  # type: ignore[assignment]
+    for path in near.keys() - opened:
+        module = copy.get_submodule(path)
+        if not _is_list(module):
+            module.__dict__["_modules"] = _Unlisted(module._modules)
+    return copy
+
+
+def _children(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that the forward of ``module`` may call: its children, and what its lists of modules hold."""
+    for name, child in module.named_children():
+        inner = f"{path}.{name}" if path else name
+        yield inner, child
+        if _is_list(child):
+            yield from _children(inner, child)
+
+
+def _is_list(module: nn.Module) -> bool:
+    return isinstance(module, (nn.ModuleList, nn.ModuleDict)) and not isinstance(module, fx.GraphModule)
+
+
+class _Unlisted(dict[str, Any]):
+    """Children that can be looked up but are passed over when a tree is walked."""
+
+    def items(self) -> Any:
+        return ()
+
+
+class _Flag(NamedTuple):
+    """Stands for the ``training`` of the module at ``path``."""
+
+    path: str
+    value: bool
+
+
+def _random_state() -> tuple[torch.Tensor, Any, Any]:
+    """State of every generator on the host."""
     numpy = sys.modules.get("numpy")
-    state = numpy.random.get_state() if numpy else None
-    return (
-        bytes(torch.random.get_rng_state().tolist()),
-        random.getstate(),
-        state and (state[0], state[1].tobytes(), *state[2:]),
-    )
+    return torch.random.get_rng_state(), random.getstate(), numpy and numpy.random.get_state()
 
 
 @contextlib.contextmanager
 def random_state_kept() -> Iterator[Callable[[], bool]]:
     """Put every generator on the host back; yields a function that says whether one has moved."""
-    before = _random_state()
-    numpy = sys.modules.get("numpy")
-    states = torch.random.get_rng_state(), random.getstate(), numpy and numpy.random.get_state()
-    moved = lambda: _random_state() != before  # noqa: E731
+    torch_state, python_state, numpy_state = _random_state()
+
+    def moved() -> bool:
+        now = _random_state()
+        numpy_same = numpy_state is None or all(
+            (a == b) is True or (a == b).all() for a, b in zip(numpy_state, now[2], strict=True)
+        )
+        return not (torch.equal(torch_state, now[0]) and python_state == now[1] and numpy_same)
+
     try:
         yield moved
     finally:
         if moved():
-            torch.random.set_rng_state(states[0])
-            random.setstate(states[1])
-            if numpy:
-                numpy.random.set_state(states[2])
-
-
-@contextlib.contextmanager
-def _reads_of_training(model: nn.Module, mode: bool | None) -> Iterator[set[str]]:
-    """Record which modules' ``training`` is read, and answer ``mode`` for all of them if it is given.
-
-    A property on nn.Module comes before the instance attribute, so no module needs to be changed.
-    """
-    read: set[str] = set()
-    paths = {id(module): path for path, module in model.named_modules()}
-
-    def get(module: nn.Module) -> bool:
-        flag: bool = module.__dict__["training"]
-        if id(module) not in paths:
-            return flag
-        read.add(paths[id(module)])
-        return flag if mode is None else mode
-
-    def put(module: nn.Module, value: bool) -> None:
-        module.__dict__["training"] = value
-
-    nn.Module.training = property(get, put)  # type: ignore[assignment]
-    try:
-        yield read
-    finally:
-        del nn.Module.training
+            torch.random.set_rng_state(torch_state)
+            random.setstate(python_state)
+            if numpy_state is not None:
+                sys.modules["numpy"].random.set_state(numpy_state)
 
 
 def boundary(value: Any) -> Any:
@@ -261,21 +284,35 @@ class _Tracer(fx.Tracer):
         moved: Callable[[], bool],
     ) -> None:
         super().__init__()
-        self.opened, self.given, self.constants = opened, given, constants
+        self.model, self.opened, self.given, self.constants = model, opened, given, constants
         self.numbers_fixed, self.moved = numbers_fixed, moved
+        self.steering: set[str] = set()
         self.has_numbers = False
         self.inside = [""]
         self.calls = 0
-        self.tensors = {
-            id(tensor): name
-            for path in opened
-            for name, tensor in _own_tensors(path, model.get_submodule(path))
-        }
+
+    @functools.cached_property
+    def paths(self) -> dict[int, str]:
+        """Path of every module, in the copy that is traced and in the model."""
+        copied = {id(module): path for path, module in self.root.named_modules()}
+        return {id(module): path for path, module in self.model.named_modules()} | copied
+
+    @functools.cached_property
+    def tensors(self) -> dict[int, str]:
+        """Name of every parameter and buffer."""
+        named = (*self.model.named_parameters(), *self.model.named_buffers())
+        return {id(tensor): name for name, tensor in named}
 
     # -- structure
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name not in self.opened
+
+    def path_of_module(self, mod: nn.Module) -> str:
+        path = self.paths.get(id(mod))
+        if path is None:
+            raise RuntimeError(f"it calls a {type(mod).__name__} that is not a submodule of the network")
+        return path
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -329,6 +366,9 @@ class _Tracer(fx.Tracer):
     # -- values
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        if isinstance(attr_val, _Flag):
+            self.steering.add(attr_val.path)
+            return attr_val.value
         name = self.tensors.get(id(attr_val)) if isinstance(attr_val, torch.Tensor) else None
         if name is None:
             return super().getattr(attr, attr_val, parameter_proxy_cache)
@@ -337,14 +377,14 @@ class _Tracer(fx.Tracer):
         return parameter_proxy_cache[name]
 
     def create_arg(self, a: Any) -> Any:
-        if isinstance(a, torch.Tensor) and not isinstance(a, nn.Parameter):
+        if isinstance(a, torch.Tensor):
             return self.constant(a)
         if isinstance(a, dict) and type(a) is not dict:
             return self.mapping(a)
         return super().create_arg(a)
 
     def constant(self, tensor: torch.Tensor) -> fx.Node:
-        """A tensor that is no proxy: a buffer, an attribute, or one that the forward made from nothing."""
+        """A tensor that is no proxy: a parameter read past its module, an attribute, or one made from nothing."""
         name = self.tensors.get(id(tensor)) or self.tensor_attrs.get(tensor)
         if name is None and tensor.requires_grad:
             raise TypeError("a tensor computed from a parameter would be frozen at its present value")
@@ -422,14 +462,6 @@ class _Tracer(fx.Tracer):
         return _Stopped(message, path)
 
 
-def _own_tensors(path: str, module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    prefix = f"{path}." if path else ""
-    for holder in (module._parameters, module._buffers):
-        for name, tensor in holder.items():
-            if tensor is not None:
-                yield prefix + name, tensor
-
-
 def _refuse_hooks(module: nn.Module, path: str) -> None:
     """A traced forward is not called through its module any more, so its hooks would never run."""
     held = [kind.strip("_").replace("_", " ") for kind in _HOOKS if getattr(module, kind)]
@@ -464,15 +496,15 @@ def _name_nodes(graphs: Sequence[fx.Graph]) -> None:
     """Number what shares a base name; all boundaries of one call of a module are one thing."""
     things: list[list[list[fx.Node]]] = []
     for graph in graphs:
-        rows: dict[Any, list[fx.Node]] = {}
+        calls: dict[Any, list[fx.Node]] = {}
         for node in graph.nodes:
             if "base" in node.meta:
-                rows.setdefault(node.meta.get("call") or node, []).append(node)
-        things.append(list(rows.values()))
-    named = number([[row[0].meta["base"] for row in rows] for rows in things])
-    for rows, names in zip(things, named, strict=True):
-        for row, name in zip(rows, names, strict=True):
-            for node in row:
+                calls.setdefault(node.meta.get("call") or node, []).append(node)
+        things.append(list(calls.values()))
+    named = number([[nodes[0].meta["base"] for nodes in row] for row in things])
+    for row, names in zip(things, named, strict=True):
+        for nodes, name in zip(row, names, strict=True):
+            for node in nodes:
                 node.meta["point"] = name
 
 

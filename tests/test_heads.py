@@ -300,7 +300,7 @@ def test_a_pool_refuses_a_feature_of_another_layout() -> None:
 # -------------------------------------------------------------------------------------------- conditioning
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(batch=st.integers(1, 4), channels=st.integers(1, 6), classes=st.integers(1, 5))
 def test_the_multilinear_map_is_every_product_of_a_feature_and_a_probability(
     batch: int, channels: int, classes: int
@@ -510,7 +510,7 @@ def test_a_conditional_head_needs_class_logits_and_another_refuses_them() -> Non
         (nn.Flatten(0), r"Flatten returned logits of shape \(12,\)"),
         (nn.Sequential(nn.Linear(6, 2), nn.Flatten(0), nn.Unflatten(0, (1, 4))), r"shape \(1, 4\)"),
         (nn.Sequential(nn.Linear(6, 4), nn.Unflatten(1, (2, 2)), nn.Flatten(0, 1)), r"shape \(4, 2\)"),
-        (nn.LSTM(6, 2), "LSTM returned tuple, not one tensor of logits"),
+        (nn.LSTM(6, 2), "LSTM returned tuple, not a tensor of logits"),
     ],
 )
 def test_a_classifier_with_the_wrong_logits_is_refused(classifier: nn.Module, message: str) -> None:

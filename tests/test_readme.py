@@ -154,7 +154,7 @@ def test_a_gap_stands_for_any_lines(shown: str) -> None:
 
 
 @pytest.mark.usefixtures("command")
-@pytest.mark.parametrize("shown", ["...\nb", "b\n...", "a\n...\nd\n...\nc", "a\nc", "a.\nb\nc", "a\nb\nc\nd"])
+@pytest.mark.parametrize("shown", ["...\nb", "b\n...", "a\n...\nd\n...\nc", "a\nc", ".\nb\nc", "a\nb\nc\nd"])
 def test_output_of_a_command_that_differs_is_an_error(shown: str) -> None:
     with pytest.raises(run_blocks.BlockError, match=r"TEXT\.md:3: this is not what is printed"):
         _run(_fenced("console", f"$ grl-surgery a b c\n{shown}"))
