@@ -1,21 +1,56 @@
-"""Model surgery for gradient reversal: splice, prove, export."""
+"""Model surgery for gradient reversal: splice, prove, export.
 
-from grl_surgery.errors import (
-    AmbiguousPointError,
-    ExportError,
-    FlipError,
-    PointNotFoundError,
-    ShapeError,
-    SurgeryError,
-    TracingError,
-)
-from grl_surgery.flip_report import FlipReport, ParameterFlip, ReversalFlip
-from grl_surgery.model_graph import ModelGraph
-from grl_surgery.model_graph import describe as graph
-from grl_surgery.points import Edge, GraphNode
-from grl_surgery.reversal import GradientReversal, reversal_disabled, reverse_gradient
-from grl_surgery.splicing import insert_grl, reversals, strip
-from grl_surgery.verification import verify_flip
+Importing this package imports neither torch nor any of its own modules but this one: each public name is
+looked up in its module when it is first used, so that ``grl-surgery --help`` answers at once.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from grl_surgery.attaching import attach_domain_head
+    from grl_surgery.errors import (
+        AmbiguousPointError,
+        ExportError,
+        FlipError,
+        PointNotFoundError,
+        ShapeError,
+        SurgeryError,
+        TracingError,
+    )
+    from grl_surgery.flip_report import FlipReport, ParameterFlip, ReversalFlip
+    from grl_surgery.model_graph import ModelGraph
+    from grl_surgery.model_graph import describe as graph
+    from grl_surgery.points import Edge, GraphNode
+    from grl_surgery.reversal import GradientReversal, reversal_disabled, reverse_gradient
+    from grl_surgery.splicing import insert_grl, reversals, strip
+    from grl_surgery.verification import verify_flip
+
+# Where each public name lives, in the order in which a model flows through the modules.
+_HOMES = {
+    "SurgeryError": "errors",
+    "PointNotFoundError": "errors",
+    "AmbiguousPointError": "errors",
+    "TracingError": "errors",
+    "ShapeError": "errors",
+    "FlipError": "errors",
+    "ExportError": "errors",
+    "reverse_gradient": "reversal",
+    "GradientReversal": "reversal",
+    "reversal_disabled": "reversal",
+    "GraphNode": "points",
+    "Edge": "points",
+    "ModelGraph": "model_graph",
+    "graph": "model_graph:describe",
+    "insert_grl": "splicing",
+    "reversals": "splicing",
+    "attach_domain_head": "attaching",
+    "strip": "splicing",
+    "verify_flip": "verification",
+    "FlipReport": "flip_report",
+    "ParameterFlip": "flip_report",
+    "ReversalFlip": "flip_report",
+}
 
 __all__ = [
     "AmbiguousPointError",
@@ -32,6 +67,7 @@ __all__ = [
     "ShapeError",
     "SurgeryError",
     "TracingError",
+    "attach_domain_head",
     "graph",
     "insert_grl",
     "reversal_disabled",
@@ -40,3 +76,17 @@ __all__ = [
     "strip",
     "verify_flip",
 ]
+
+# Hidden from type checkers, which would otherwise take every misspelt name for one that exists.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        module, _, attribute = _HOMES[name].partition(":")
+        value = getattr(importlib.import_module(f"{__name__}.{module}"), attribute or name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *_HOMES})

@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from enum import Enum
@@ -34,7 +35,7 @@ _NAME = "grl-surgery"
 _FAILED, _REFUSED, _PIPE_CLOSED = 1, 2, 141
 
 app = typer.Typer(
-    help="Splice gradient reversals into a network that exists, and prove that exactly the right gradients flip.",
+    help="Splice gradient reversals into an existing network; prove that exactly the right gradients flip.",
     epilog="MODEL is timm/NAME, torchvision/NAME, package.module:factory or file.py:factory. "
     "Exit status: 0 done, 1 a check failed, 2 the request cannot be met.",
     no_args_is_help=True,
@@ -149,7 +150,9 @@ def print_graph(
             show_default=False,
         ),
     ] = None,
-    edges: Annotated[bool, typer.Option("--edges", help="List the edges instead, as --edge takes them.")] = False,
+    edges: Annotated[
+        bool, typer.Option("--edges", help="List the edges instead, as --edge takes them.")
+    ] = False,
     everything: Annotated[
         bool, typer.Option("--all", help="Show operations on sizes and unused arguments as well.")
     ] = False,
@@ -163,19 +166,24 @@ def print_graph(
     checkpoint: Checkpoint = None,
 ) -> None:
     """Print the points of a network: names for --after, types, output shapes, parameters."""
+    from grl_surgery.drawing import without
+
     loaded = _load(model, pretrained, checkpoint, input_size, batch)
     if train is not None:
         loaded.module.train(train)
     with _working("Tracing"):
-        graphs = _graphs(loaded, under, depth or (None if find else 1))
-        if find:
-            graphs = [_found(graphs, find)]
+        graphs, sizes = _graphs(loaded, under, depth or (None if find else 1))
+    whole = graphs[-1]
+    if find:
+        graphs = [_found(graphs, find)]
+    elif not (everything or as_json):
+        graphs[-1] = without(whole, sizes)
     if as_json:
         _stdout().out(graphs[-1].to_json(), highlight=False)
     elif edges:
-        _print_edges(graphs[-1], everything)
+        _stdout().out(*_edge_lines(graphs[-1]), sep="\n", highlight=False)
     else:
-        _print_tree(loaded, graphs, everything=everything or bool(find))
+        _print_tree(loaded, graphs, hidden=0 if find else len(whole) - len(graphs[-1]))
 
 
 @app.command()
@@ -223,7 +231,7 @@ def verify(
     loaded = _load(model, pretrained, checkpoint, input_size, batch, seed)
     with _working("Splicing"):
         spliced = _spliced_or_as_it_is(loaded.module, after, before, edge, coeff)
-    modes: list[Literal["train", "eval"]] = ["train", "eval"] if mode is Mode.both else [mode.value]  # type: ignore[list-item]
+    modes: list[Literal["train", "eval"]] = ["train", "eval"] if mode is Mode.both else [mode.value]
     reports = [_verify(loaded, spliced, one, seed) for one in modes]
     ok = all(report.ok for report in reports)
     if as_json:
@@ -250,10 +258,10 @@ def strip(
 
     loaded = _load(model, pretrained, checkpoint, input_size, batch)
     with _working("Splicing and stripping"):
-        spliced = _spliced_or_as_it_is(loaded.module, after, before, edge, 1.0)
-        checks = _compare(loaded, take_out(spliced))
+        stripped = take_out(_splice(loaded.module, after, before, edge, 1.0))
+        checks = _compare(loaded, stripped)
     _print_checks(checks)
-    raise typer.Exit(0 if all(same for _, same in checks) else _FAILED)
+    raise typer.Exit(0 if all(same for _, same, _ in checks) else _FAILED)
 
 
 @app.command()
@@ -277,7 +285,7 @@ def _load(
 ) -> LoadedModel:
     """The network, made from the same random numbers in every run, with the inputs asked for."""
     size = _parse_size(input_size) if input_size else None
-    with _working(f"Creating {source}"):
+    with _working("" if pretrained else f"Creating {source}"):  # a download draws its own progress
         import torch
 
         from grl_surgery.models import load_model
@@ -341,23 +349,280 @@ def _spliced_or_as_it_is(
 # ----------------------------------------------------------------------------------------------- graphs
 
 
-def _graphs(loaded: LoadedModel, under: str | None, depth: int | None) -> list[ModelGraph]:
-    """The graph asked for, after the less deep ones in which the modules around its points are nodes."""
+def _graphs(loaded: LoadedModel, under: str | None, depth: int | None) -> tuple[list[ModelGraph], set[str]]:
+    """The graph asked for, behind the less deep ones that it refines; and its points that are no tensors."""
+    from grl_surgery.drawing import size_nodes
     from grl_surgery.model_graph import describe
 
-    paths = [path for path, _ in loaded.module.named_modules() if path]
-    if under is not None:
-        _check_module(under, paths)
-    start = under.count(".") + 1 if under else 0
-    levels = depth or max((path.count(".") + 2 for path in paths), default=1)
+    model = loaded.module
+    paths = [path for path, _ in model.named_modules() if path]
+    start = _level(under, paths) if under else 0
+    deepest = start + depth if depth else max((path.count(".") + 2 for path in paths), default=1)
     try:
         graphs = [
-            describe(loaded.module, level, loaded.example_inputs)
-            for level in range(max(start, 1), max(start + levels, 1) + (0 if depth is None else 1))
-            if level <= start + levels
+            describe(model, level, loaded.example_inputs) for level in range(max(start, 1), deepest + 1)
         ]
     except TracingError as error:
-        raise error
-    return [graph.under(points.escape(under)) for graph in graphs] if under else graphs
+        if under is None:
+            raise _with_way_in(error, model) from error
+        part = model.get_submodule(under)
+        graphs = [
+            _inside(replace(describe(part, level), name=type(model).__name__), under)
+            for level in range(1, deepest - start + 1)
+        ]
+    sizes = size_nodes(graphs[-1])
+    if under:
+        graphs = [graph.under(points.escape(under)) for graph in graphs]
+    if not graphs[-1].nodes:
+        raise SurgeryError(f"nothing in {under!r} is called", example="--train or --eval, for the other mode")
+    return graphs, sizes
 
 
+def _level(under: str, paths: Sequence[str]) -> int:
+    """How deep the module called ``under`` lies: 1 for a child of the root."""
+    if under in paths:
+        return under.count(".") + 1
+    near = points.near_names(under, paths)
+    raise PointNotFoundError(
+        f"there is no module {under!r} in this network",
+        choices=near,
+        example=f"--under {shlex.quote(near[0])}" if near else None,
+    )
+
+
+def _with_way_in(error: TracingError, model: nn.Module) -> TracingError:
+    """The error of a root that cannot be traced, with the modules whose points can be listed anyway."""
+    inner = [name for name, child in model.named_children() if any(True for _ in child.children())]
+    problem = str(error).partition("\n")[0]
+    if not inner:
+        return TracingError(problem)
+    return TracingError(
+        f"{problem}; points inside its modules can be listed", choices=inner, example=f"--under {inner[0]}"
+    )
+
+
+def _inside(graph: ModelGraph, path: str) -> ModelGraph:
+    """The graph of the module at ``path`` with the names that its points have in the whole network."""
+    prefix = f"{points.escape(path)}."
+    nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+    names = {node.name for node in nodes}
+    return replace(
+        graph,
+        nodes=tuple(replace(node, name=prefix + node.name) for node in nodes),
+        edges=tuple(_prefixed(edge, prefix) for edge in graph.edges if {edge.source, edge.target} <= names),
+    )
+
+
+def _found(graphs: Sequence[ModelGraph], wanted: str) -> ModelGraph:
+    """The points that match, at whatever depth."""
+    from grl_surgery.drawing import GraphTree
+
+    nodes = [row.node for row in GraphTree(graphs[-1], graphs[:-1]).rows]
+    expression = points.pattern(wanted)
+    text = wanted.lower()
+    found = [
+        node
+        for node in nodes
+        if (
+            points.matches(expression, node.name)
+            if expression
+            else text in f"{node.name} {node.type}".lower()
+        )
+    ]
+    if not found:
+        names = [node.name for node in nodes]
+        near = points.near_names(wanted, [*names, *(node.type for node in nodes)])
+        raise PointNotFoundError(f"{wanted!r} matches none of the {len(names)} points", choices=near)
+    kept = {node.name for node in found}
+    edges = (edge for graph in graphs for edge in graph.edges if {edge.source, edge.target} & kept)
+    return replace(graphs[-1], nodes=tuple(found), edges=tuple(dict.fromkeys(edges)))
+
+
+def _edge_lines(graph: ModelGraph) -> list[str]:
+    """Each edge as ``--edge`` takes it; where a pair has several, the arguments that tell them apart."""
+    times = Counter(map(str, graph.edges))
+    return [f"{edge}  (argument {edge.arg})" if times[str(edge)] > 1 else str(edge) for edge in graph.edges]
+
+
+def _print_tree(loaded: LoadedModel, graphs: Sequence[ModelGraph], hidden: int) -> None:
+    from grl_surgery.drawing import GraphTree
+
+    say = _stdout()
+    model = loaded.module
+    elements = sum(parameter.numel() for parameter in model.parameters())
+    mode = "train" if model.training else "eval"
+    say.out(f"{loaded.source}: {graphs[-1].name}, {elements:,} parameters, {mode} mode\n", highlight=False)
+    say.print(GraphTree(graphs[-1], graphs[:-1]))
+    if hidden:
+        say.out(f"\n{hidden} more with --all: operations on sizes, unused arguments", highlight=False)
+
+
+# ---------------------------------------------------------------------------------------------- surgery
+
+
+def _print_reversals(loaded: LoadedModel, spliced: nn.Module) -> None:
+    """Every reversal with its place, its coefficient, and the edges on which it reverses the gradient."""
+    from grl_surgery.drawing import reversed_edges, spliced_parts
+
+    say = _stdout()
+    parts = spliced_parts(spliced)
+    count = sum(len(part.cuts) for part in parts.values())
+    say.out(
+        f"{loaded.source}: {type(loaded.module).__name__} with {count} reversal{'s' if count > 1 else ''}",
+        highlight=False,
+    )
+    for path, part in parts.items():
+        prefix = f"{points.escape(path)}." if path else ""
+        for cut in part.cuts:
+            coeff = float(part.get_submodule(cut.module).coeff)  # type: ignore[arg-type]
+            at = prefix + cut.at if isinstance(cut.at, str) else _prefixed(cut.at, prefix)
+            name = f"{path}.{cut.module}" if path else cut.module
+            say.out(f"\n{name}  {replace(cut, at=at)}, coeff {coeff:g}", highlight=False)
+            for edge in reversed_edges(part, cut):
+                say.out(f"  {_prefixed(edge, prefix)}", highlight=False)
+
+
+def _prefixed(edge: points.Edge, prefix: str) -> points.Edge:
+    """An edge of one module's graph by its names in the whole network."""
+    return replace(edge, source=prefix + edge.source, target=prefix + edge.target)
+
+
+def _print_diff(spliced: nn.Module) -> None:
+    from grl_surgery.drawing import forward_diff, spliced_parts
+
+    styles = {"+": "green", "-": "red", "@": "cyan"}
+    for path, part in spliced_parts(spliced).items():
+        for line in forward_diff(part, path or type(part).__name__).splitlines():
+            _stdout().print(Text(line, styles.get(line[:1], "")), soft_wrap=True)
+
+
+def _verify(loaded: LoadedModel, spliced: nn.Module, mode: Literal["train", "eval"], seed: int) -> FlipReport:
+    from grl_surgery.verification import verify_flip
+
+    if loaded.example_inputs is None:
+        raise SurgeryError(f"nothing says what inputs {loaded.source} takes", example=_INPUTS)
+    reference = None if spliced is loaded.module else loaded.module
+    try:
+        with _working(f"Verifying in {mode} mode"):
+            return verify_flip(spliced, reference, loaded.example_inputs, mode=mode, seed=seed)
+    except SurgeryError:
+        raise
+    except Exception:
+        _run(loaded, loaded.module)  # explains it where the network never ran on these inputs
+        raise
+
+
+_INPUTS = "--input-size 3x64x64; or a factory that returns (network, (torch.randn(2, 3, 64, 64),))"
+
+
+def _run(loaded: LoadedModel, model: nn.Module) -> Any:
+    """Outputs of one forward in the model's present mode, from the same random numbers every time."""
+    import torch
+
+    if loaded.example_inputs is None:
+        raise SurgeryError(f"nothing says what inputs {loaded.source} takes", example=_INPUTS)
+    torch.manual_seed(0)
+    try:
+        with torch.no_grad():
+            return model(*loaded.example_inputs)
+    except Exception as error:  # the network is the user's: anything can come out of it
+        sizes = ", ".join("x".join(map(str, getattr(x, "shape", "?"))) for x in loaded.example_inputs)
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise SurgeryError(
+            f"{loaded.source} does not run on inputs of {sizes}: {type(error).__name__}: {reason}",
+            example=_INPUTS,
+        ) from error
+
+
+def _print_reports(reports: Sequence[FlipReport]) -> None:
+    say = _stdout()
+    for place, report in enumerate(reports):
+        if len(reports) > 1:
+            say.print(Text(f"{'' if place == 0 else chr(10)}In {report.mode} mode", "bold"))
+        say.print(report)
+
+
+Check = tuple[str, bool, str]
+
+
+def _compare(loaded: LoadedModel, stripped: nn.Module) -> list[Check]:
+    """What must be as it was, whether it is, and how much was compared."""
+    model = loaded.module.eval()
+    kept, found = model.state_dict(), stripped.state_dict()
+    outputs = _run(loaded, model), _run(loaded, stripped.eval())
+    return [
+        ("class", type(stripped) is type(model), type(model).__name__),
+        ("state_dict", list(kept) == list(found) and _identical(kept, found), f"{len(kept)} tensors"),
+        ("outputs", _identical(*outputs), "in eval mode, on the example inputs"),
+    ]
+
+
+def _identical(expected: Any, actual: Any) -> bool:
+    import torch
+
+    try:
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+    except AssertionError:
+        return False
+    return True
+
+
+def _print_checks(checks: Sequence[Check]) -> None:
+    for what, same, detail in checks:
+        verdict = Text("identical", "green") if same else Text("DIFFERENT", "bold red")
+        _stdout().print(Text.assemble(f"{what:<12}", verdict, f"  {detail}"), soft_wrap=True)
+
+
+# -------------------------------------------------------------------------------------- the two streams
+
+
+class _Output(Console):
+    """Standard output: as wide as its lines where it is no terminal, silent once nobody reads it."""
+
+    def __init__(self) -> None:
+        fitted = sys.stdout.isatty() or "COLUMNS" in os.environ
+        super().__init__(highlight=False, width=None if fitted else _UNLIMITED)
+
+    def on_broken_pipe(self) -> None:
+        """Exit as a program does that the closed pipe has ended: 1 would mean that a check failed."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(_PIPE_CLOSED)
+
+
+_UNLIMITED = 10_000
+
+
+def _stdout() -> Console:
+    return _Output()
+
+
+@contextlib.contextmanager
+def _working(what: str) -> Iterator[None]:
+    """Say what takes time, on a terminal only; what other code prints meanwhile goes to stderr."""
+    with contextlib.ExitStack() as stack:
+        if what and sys.stderr.isatty():
+            stack.enter_context(Console(stderr=True).status(f"{what} ..."))
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        yield
+
+
+def _complain(message: str) -> None:
+    say = Console(stderr=True, highlight=False)
+    say.print(Text.assemble(("error: ", "bold red"), _in_shell_words(message)), soft_wrap=True)
+
+
+# A selector in a message, unless it is an argument of a call that is quoted whole.
+_SELECTOR = re.compile(r"(?<![\w(])(?<!, )(after|before|edge)=(?:(\[[^\]]*\])|r?('[^']*'|\"[^\"]*\"))")
+
+
+def _in_shell_words(message: str) -> str:
+    """The message with ``after='layer3'`` written as the command line takes it: ``--after layer3``."""
+
+    def rewritten(match: re.Match[str]) -> str:
+        keyword, several, one = match.groups()
+        names = re.findall(r"'([^']*)'|\"([^\"]*)\"", several or one)
+        return " ".join(f"--{keyword} {shlex.quote(single or double)}" for single, double in names)
+
+    message = message.replace("print(grl_surgery.graph(model))", f"'{_NAME} graph MODEL'")
+    message = re.sub(r"(?<![\w(])(?<!, )coeff=", "--coeff ", message)
+    return _SELECTOR.sub(rewritten, message)

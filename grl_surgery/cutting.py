@@ -16,19 +16,13 @@ from grl_surgery.points import Edge, enclosing, match_name, near_names, split_it
 from grl_surgery.spliced_module import Cut, SplicedModule
 from grl_surgery.tracing import Trace, boundary, module_paths, trace
 
-__all__ = ["apply_cuts", "modules_to_open", "names_in", "replace_item", "retrace"]
+__all__ = ["apply_cuts", "modules_to_open", "replace_item", "retrace"]
 
 
 def modules_to_open(model: nn.Module, cuts: Sequence[Cut]) -> set[str]:
     """Paths of the modules whose forwards enclose the cuts: all that has to be traced."""
     paths = module_paths(model)
-    ends = (end for cut in cuts for end in names_in(cut))
-    return {paths[module] for end in ends for module in enclosing(end, paths)}
-
-
-def names_in(cut: Cut) -> tuple[str, ...]:
-    """The points that a cut names: one, or both ends of an edge."""
-    return (cut.at.source, cut.at.target) if isinstance(cut.at, Edge) else (cut.at,)
+    return {paths[path] for cut in cuts for point in cut.points for path in enclosing(point, paths)}
 
 
 def apply_cuts(
@@ -80,12 +74,16 @@ def _cut(model: nn.Module, graph: fx.Graph, cut: Cut, names: Sequence[str]) -> i
         source, target = (_find(model, end, names) for end in (cut.at.source, cut.at.target))
         slot = _edge_slot(graph, cut.at, source, target)
         return _reverse_uses(model, graph, [slot] if slot else [], cut.module)
-    name, items = (cut.at, ()) if cut.at in names else split_items(cut.at)
-    name = _find(model, name if items else cut.at, names)
-    nodes = [node for node in graph.nodes if node.meta.get("point") == name]
     if cut.kind == "before":
-        return _cut_before(model, graph, nodes, cut.module, name)
-    return sum(_cut_after(graph, value, rest, cut) for value, rest in _values(nodes, items, name))
+        name = _find(model, cut.at, names)
+        return _cut_before(model, graph, _named(graph, name), cut.module, name)
+    if cut.kind == "head":
+        return _attach(model, graph, cut, names)
+    return sum(_cut_after(graph, value, rest, cut) for value, rest in _values(model, graph, cut.at, names))
+
+
+def _named(graph: fx.Graph, name: str) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.meta.get("point") == name]
 
 
 def _find(model: nn.Module, name: str, names: Sequence[str]) -> str:
@@ -98,38 +96,48 @@ def _find(model: nn.Module, name: str, names: Sequence[str]) -> str:
 # ------------------------------------------------------------------------------------------- after a point
 
 
-def _values(nodes: Sequence[fx.Node], items: tuple[Any, ...], name: str) -> Iterator[tuple[fx.Node, Any]]:
+def _values(
+    model: nn.Module, graph: fx.Graph, name: str, names: Sequence[str]
+) -> Iterator[tuple[fx.Node, tuple[Any, ...]]]:
     """The nodes that hold the value called ``name``, and which of its items is meant."""
+    whole, items = (name, ()) if name in names else split_items(name)
+    nodes = _named(graph, _find(model, whole if items else name, names))
     leaving = [node for node in nodes if node.meta.get("boundary") == "out"]
+    if leaving and leaving[0].meta["items"] and not items:
+        choices = [name + "".join(f"[{key}]" for key in node.meta["items"]) for node in leaving]
+        raise ShapeError(
+            f"the value of {name!r} is made of {len(leaving)} tensors: choose one",
+            choices=choices,
+            example=f"after={choices[0]!r}",
+        )
     for node in leaving or [node for node in nodes if "boundary" not in node.meta]:
+        if node.op == "output":
+            raise SurgeryError("nothing comes after the output", example="before='output'")
+        if is_size(node):
+            raise ShapeError(f"the value of {name!r} is a size, not a tensor: no gradient flows through it")
         held = node.meta.get("items", ())
         if held == items[: len(held)]:
             yield node, items[len(held) :]
-    if leaving and leaving[0].meta["items"] and not items:
-        keys = ["".join(f"[{key}]" for key in node.meta["items"]) for node in leaving]
-        raise ShapeError(
-            f"the value of {name!r} is made of {len(leaving)} tensors: choose one",
-            choices=[f"{name}{key}" for key in keys],
-            example=f"after={name + keys[0]!r}",
-        )
 
 
 def _cut_after(graph: fx.Graph, value: fx.Node, items: tuple[Any, ...], cut: Cut) -> int:
-    if value.op == "output":
-        raise SurgeryError("nothing comes after the output", example="before='output'")
-    if is_size(value):
-        raise ShapeError(f"the value of {cut.at!r} is a size, not a tensor: no gradient flows through it")
     users = list(value.users)
     with _inserting_after(graph, value):
-        holders = [value]
-        for key in items:
-            holders.append(graph.call_function(operator.getitem, (holders[-1], key)))
+        holders = _pick(graph, value, items)
         changed = _call(graph, cut.module, holders[-1])
         for holder, key in zip(reversed(holders[:-1]), reversed(items), strict=True):
             changed = graph.call_function(replace_item, (holder, key, changed))
     for user in users:
         user.replace_input_with(value, changed)
     return len(users)
+
+
+def _pick(graph: fx.Graph, value: fx.Node, items: Sequence[Any]) -> list[fx.Node]:
+    """The value, its item, that item's item and so on."""
+    holders = [value]
+    for key in items:
+        holders.append(graph.call_function(operator.getitem, (holders[-1], key)))
+    return holders
 
 
 def replace_item(value: Any, key: Any, item: Any) -> Any:
@@ -148,9 +156,9 @@ def replace_item(value: Any, key: Any, item: Any) -> Any:
     return changed
 
 
-def _call(graph: fx.Graph, module: str, value: fx.Node) -> fx.Node:
+def _call(graph: fx.Graph, module: str, *values: fx.Node) -> fx.Node:
     """A call of a spliced module, which is a point as well."""
-    node = graph.call_module(module, (value,))
+    node = graph.call_module(module, values)
     node.meta.update(point=module, base=module, spliced=True)
     return node
 
@@ -160,6 +168,42 @@ def _inserting_after(graph: fx.Graph, node: fx.Node) -> AbstractContextManager[N
     while node.op == "placeholder" and node.next.op == "placeholder":
         node = node.next
     return graph.inserting_after(node)
+
+
+# ------------------------------------------------------------------------------------------------- heads
+
+
+def _attach(model: nn.Module, graph: fx.Graph, cut: Cut, names: Sequence[str]) -> int:
+    """Call a head on a value, and append its logits to what the network returns."""
+    assert isinstance(cut.at, str)
+    places = [cut.at, cut.condition] if cut.condition else [cut.at]
+    values = [value for place in places for value in _values(model, graph, place, names)]
+    if len(values) != len(places):
+        raise SurgeryError(
+            f"the head {cut.module!r} cannot be called in every mode, because "
+            f"{' and '.join(map(repr, places))} are not computed in train and in eval mode alike"
+        )
+    inputs = [_for_head(model, graph, value, items, cut) for value, items in values]
+    order = {node: place for place, node in enumerate(graph.nodes)}
+    with _inserting_after(graph, max(inputs, key=order.__getitem__)):
+        logits = _call(graph, cut.module, *inputs)
+    output = next(iter(reversed(graph.nodes)))
+    heads = output.meta.get("heads", 0)
+    returned: Any = output.args[0] if heads else (output.args[0],)
+    output.args = ((*returned, logits),)
+    output.meta["heads"] = heads + 1
+    return 1
+
+
+def _for_head(model: nn.Module, graph: fx.Graph, value: fx.Node, items: Sequence[Any], cut: Cut) -> fx.Node:
+    """The value for a head to read: a copy, where the network may overwrite it before the head has."""
+    overwritten = any(_overwrites_first(model, user) for user in value.users)
+    with _inserting_after(graph, value):
+        node = _pick(graph, value, items)[-1]
+    if not (overwritten or cut.condition):
+        return node
+    with _inserting_after(graph, node):
+        return graph.call_method("clone", (node,))
 
 
 # -------------------------------------------------------------------------- before a point, and on one edge

@@ -7,7 +7,7 @@ import io
 import operator
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from rich.cells import cell_len, set_cell_size
@@ -21,7 +21,15 @@ from grl_surgery.model_graph import ModelGraph
 from grl_surgery.points import Edge, GraphNode, split_number
 from grl_surgery.spliced_module import Cut, SplicedModule
 
-__all__ = ["GraphTree", "forward_diff", "graph_text", "reversed_edges", "size_nodes", "spliced_parts"]
+__all__ = [
+    "GraphTree",
+    "forward_diff",
+    "graph_text",
+    "reversed_edges",
+    "size_nodes",
+    "spliced_parts",
+    "without",
+]
 
 
 # ------------------------------------------------------------------------------------------------- tree
@@ -48,19 +56,15 @@ class GraphTree:
         graph: What to print.
         around: Graphs of the same network that are less deep: the modules that ``graph`` looks into are
             single nodes there, and head their branches here.
-        everything: Show arguments that nothing uses, and operations on sizes, as well.
     """
 
     graph: ModelGraph
     around: Sequence[ModelGraph] = ()
-    everything: bool = False
 
     @property
     def rows(self) -> list[Row]:
         """The lines, in the order of execution, each module before what it contains."""
-        hidden = set() if self.everything else size_nodes(self.graph)
-        shown = [node for node in self.graph.nodes if node.name not in hidden]
-        return _nested(shown, [node for outer in self.around for node in outer.nodes])
+        return _nested(self.graph.nodes, [node for outer in self.around for node in outer.nodes])
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
         rows = self.rows
@@ -74,8 +78,11 @@ class GraphTree:
         widths = _fit([max(map(cell_len, column)) for column in columns], options.max_width)
         for place, cells in enumerate(zip(*columns, strict=True)):
             styles = ("dim",) * 4 if place == 0 else (_name_style(rows[place - 1]), "cyan", "", "green")
-            yield _line([_shorten(cell, width, ellipsis) for cell, width in zip(cells, widths, strict=True)],
-                        widths, styles)
+            yield _line(
+                [_shorten(cell, width, ellipsis) for cell, width in zip(cells, widths, strict=True)],
+                widths,
+                styles,
+            )
 
 
 @dataclass(frozen=True)
@@ -239,6 +246,13 @@ def size_nodes(graph: ModelGraph) -> set[str]:
     return found
 
 
+def without(graph: ModelGraph, names: Collection[str]) -> ModelGraph:
+    """The graph without these points and the edges at them."""
+    nodes = tuple(node for node in graph.nodes if node.name not in names)
+    edges = tuple(edge for edge in graph.edges if edge.source not in names and edge.target not in names)
+    return replace(graph, nodes=nodes, edges=edges)
+
+
 # ------------------------------------------------------------------------------------------- the surgery
 
 
@@ -274,7 +288,7 @@ def _points_that_use(node: fx.Node) -> Iterator[str]:
             yield from _points_that_use(user)
 
 
-def forward_diff(part: SplicedModule) -> str:
+def forward_diff(part: SplicedModule, name: str = "forward") -> str:
     """The lines of the generated forward, in the present mode, that surgery changed, as a unified diff.
 
     Example:
@@ -287,8 +301,10 @@ def forward_diff(part: SplicedModule) -> str:
     plain = apply_cuts(original, [], opened=modules_to_open(original, part.cuts))
     flags = tuple(original.get_submodule(path).training for path in plain.steering)
     before = plain.graphs.get(flags) or next(iter(plain.graphs.values()))
-    pair = (_forward_lines(graph) for graph in (before, part.graph))
-    return "\n".join(difflib.unified_diff(*pair, "forward", "forward, spliced", lineterm="", n=2))
+    lines = difflib.unified_diff(
+        _forward_lines(before), _forward_lines(part.graph), name, f"{name}, spliced", lineterm="", n=2
+    )
+    return "\n".join(lines)
 
 
 def _forward_lines(graph: fx.Graph) -> list[str]:

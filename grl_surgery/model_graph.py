@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,13 +14,13 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from grl_surgery.cutting import retrace
-from grl_surgery.errors import SurgeryError
+from grl_surgery.cutting import apply_cuts, retrace
+from grl_surgery.errors import ShapeError, SurgeryError
 from grl_surgery.inputs import example_inputs as known_inputs
 from grl_surgery.links import links, origin
 from grl_surgery.points import Edge, GraphNode
 from grl_surgery.sharing import share_copy
-from grl_surgery.spliced_module import SplicedModule
+from grl_surgery.spliced_module import Cut, SplicedModule
 from grl_surgery.tracing import boundary, is_building_block, operation, trace
 
 __all__ = ["ModelGraph", "bind_inputs", "describe", "edges_into"]
@@ -168,6 +169,32 @@ def _shapes(
         with contextlib.suppress(Exception):  # code that looks at values cannot run on none
             recorder.run(*fake)
     return recorder.shapes
+
+
+def shapes_at(
+    model: nn.Module, cuts: Sequence[Cut], points: Sequence[str], example_inputs: Any
+) -> list[tuple[int, ...]]:
+    """Shapes of the values at some points of a network in which some cuts have been made already.
+
+    Raises:
+        ShapeError: A value is no tensor, or the network cannot run on these inputs.
+        PointNotFoundError, AmbiguousPointError, TracingError: As in :func:`apply_cuts`.
+    """
+    tree = share_copy(model)
+    probes = [Cut("after", point, f"_probe_{place}") for place, point in enumerate(points)]
+    for probe in probes:
+        tree.add_module(probe.module, nn.Identity())
+    traced = apply_cuts(tree, [*cuts, *probes])
+    graph = next(iter(traced.graphs.values()))
+    shapes = _shapes(tree, graph, traced.constants, bind_inputs(graph, example_inputs))
+    found = {node.target: shapes.get(node) for node in graph.nodes if node.op == "call_module"}
+    missing = [probe for probe in probes if found.get(probe.module) is None]
+    if missing:
+        raise ShapeError(
+            f"the value of {missing[0].at!r} is not one tensor, or forward fails on these example inputs",
+            example="one item of it, as in after='encoder[0]'; or example_inputs=(...) that it accepts",
+        )
+    return [found[probe.module] or () for probe in probes]
 
 
 def _without_data(model: nn.Module, mode: FakeTensorMode) -> nn.Module:

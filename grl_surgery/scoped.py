@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from grl_surgery.cutting import apply_cuts, names_in
+from grl_surgery.cutting import apply_cuts
 from grl_surgery.errors import PointNotFoundError, SurgeryError, TracingError
 from grl_surgery.points import Edge, enclosing, escape, near_names, split_items, split_number
 from grl_surgery.spliced_module import Cut, SplicedModule
@@ -31,6 +31,11 @@ def splice_inside(base: nn.Module, cuts: Sequence[Cut], failure: TracingError) -
         TracingError: Nothing around a point can be traced.
         PointNotFoundError: There is no such point.
     """
+    if any(cut.kind == "head" for cut in cuts):
+        raise TracingError(
+            f"a head's logits leave through the root's output, and the root cannot be traced: {failure}",
+            example="insert_grl(model, after=...), and a head of your own behind it",
+        )
     hosts: dict[str, list[Cut]] = {}
     for cut in cuts:
         host = _host(base, cut, failure)
@@ -47,12 +52,12 @@ def splice_inside(base: nn.Module, cuts: Sequence[Cut], failure: TracingError) -
 def _host(base: nn.Module, cut: Cut, failure: TracingError) -> str:
     """Path of the smallest module in which the cut can be made."""
     paths = module_paths(base)
-    for end in names_in(cut):
+    for end in cut.points:
         if enclosing(end, paths) == [""] and split_number(split_items(end)[0])[0] not in paths:
             raise PointNotFoundError(
                 f"there is no point {end!r} in this network", choices=near_names(end, paths)
             )
-    around = [[paths[name] for name in enclosing(end, paths)] for end in names_in(cut)]
+    around = [[paths[name] for name in enclosing(end, paths)] for end in cut.points]
     common = [path for path in around[0] if path and all(path in other for other in around)]
     spliced = [path for path in common if isinstance(base.get_submodule(path), SplicedModule)]
     reason: SurgeryError = failure

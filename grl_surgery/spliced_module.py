@@ -27,15 +27,22 @@ class Cut:
         kind: ``"after"`` a point, ``"before"`` a point, on one ``"edge"``, or a ``"head"`` after a point.
         at: Name of the point, or the edge.
         module: Attribute of the spliced network under which the reversal or the head lives.
+        condition: Name of the point whose class logits condition a head.
     """
 
     kind: Literal["after", "before", "edge", "head"]
     at: str | Edge
     module: str
+    condition: str | None = None
+
+    @property
+    def points(self) -> tuple[str, ...]:
+        """Names of the points that it needs: one, both ends of an edge, or a head's two."""
+        ends = (self.at.source, self.at.target) if isinstance(self.at, Edge) else (self.at,)
+        return (*ends, self.condition) if self.condition else ends
 
     def __str__(self) -> str:
-        where = "on" if self.kind == "edge" else "after" if self.kind == "head" else self.kind
-        return f"{where} {self.at}"
+        return {"edge": "on", "head": "after"}.get(self.kind, self.kind) + f" {self.at}"
 
 
 class SplicedModule(fx.GraphModule):
@@ -149,7 +156,8 @@ def _rebuild(
     cuts: Sequence[Cut],
     attributes: Mapping[str, Any],
 ) -> SplicedModule:
-    constants = {name: original._buffers[name] for name in traced.constants}
+    buffers = dict(original.named_buffers())
+    constants = {name: buffers[name] for name in traced.constants}
     unpacked = {flags: unpack(packed) for flags, packed in graphs.items()}
     module = SplicedModule(original, replace(traced, graphs=unpacked, constants=constants), cuts)
     module.__dict__.update(attributes)

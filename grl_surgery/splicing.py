@@ -20,7 +20,7 @@ from grl_surgery.selection import Selector, select_edges, select_points
 from grl_surgery.sharing import share_copy
 from grl_surgery.spliced_module import Cut, SplicedModule
 
-__all__ = ["insert_grl", "reversals", "strip"]
+__all__ = ["head_names", "insert_grl", "reversals", "strip"]
 
 
 def insert_grl(
@@ -50,7 +50,7 @@ def insert_grl(
             ``"re:..."``, a module class, or a function of a :class:`GraphNode`.
         before: Reverse what flows back out of this point: every tensor that it uses.
         edge: Reverse one use and no other: ``("layer2", "layer3.0.conv1")``, the same as
-            ``"layer2 -> layer3.0.conv1"``, an :class:`Edge` out of ``graph(model).edges``, or a list of these.
+            ``"layer2 -> layer3.0.conv1"``; an :class:`Edge` out of ``graph(model).edges``; or a list.
         coeff: Non-negative; 0-d if it is a tensor. Every reversal can be set on its own afterwards.
         example_inputs: Arguments of forward: a tensor, a tuple, or a dict by name. Only needed where a
             predicate looks at shapes, or to keep an optional argument of forward an argument.
@@ -70,17 +70,16 @@ def insert_grl(
     keyword, selector = _only_one(after=after, before=before, edge=edge)
     layer = GradientReversal(coeff)
     check_model(model, "insert_grl")
-    base, cuts = _patient(model)
+    base, cuts = patient(model)
     if keyword == "edge":
         places: Sequence[str | Edge] = select_edges(base, selector)
     else:
         places = select_points(base, selector, keyword, example_inputs)
-    device = next((tensor.device for tensor in (*base.parameters(), *base.buffers())), None)
     for place in places:
         name = _free_name(base, place)
-        base.add_module(name, GradientReversal(layer.coeff.clone()).to(device).train(model.training))
+        base.add_module(name, on_same_device(GradientReversal(layer.coeff.clone()), base))
         cuts.append(Cut(keyword, place, name))  # type: ignore[arg-type]
-    return _splice(base, cuts, _given(base, example_inputs))
+    return splice(base, cuts, _given(base, example_inputs))
 
 
 def _only_one(**selectors: Any) -> tuple[str, Any]:
@@ -109,20 +108,27 @@ def check_model(model: Any, verb: str) -> None:
     kind = type(model).__name__
     if kind in inner:
         raise SurgeryError(
-            f"this network is wrapped in {kind}, which would go on running the old graph: splice first, then wrap",
+            f"this network is wrapped in {kind}, which would go on running the old graph: splice, then wrap",
             example=f"{verb}(model.{inner[kind]}, ...)",
         )
     if isinstance(model, torch.jit.ScriptModule):
         raise SurgeryError(f"{verb} cannot cut a scripted network: pass the nn.Module that it was made from")
 
 
-def _patient(model: nn.Module) -> tuple[nn.Module, list[Cut]]:
+def patient(model: nn.Module) -> tuple[nn.Module, list[Cut]]:
     """A tree to operate on, over the same tensors, and what was spliced into it before."""
     if isinstance(model, SplicedModule):
         base = share_copy(model._original)
         base.training = model.training
         return base, list(model.cuts)
     return share_copy(model), []
+
+
+def on_same_device(layer: nn.Module, model: nn.Module) -> nn.Module:
+    """The new layer on the device and in the mode of the network that it goes into."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    device = next((tensor.device for tensor in tensors), None)
+    return layer.to(device).train(model.training)
 
 
 def _free_name(model: nn.Module, place: str | Edge) -> str:
@@ -142,7 +148,7 @@ def _given(model: nn.Module, example_inputs: Any) -> list[str]:
     return list(inspect.signature(model.forward).parameters)[:count]
 
 
-def _splice(base: nn.Module, cuts: Sequence[Cut], given: Sequence[str] = ()) -> nn.Module:
+def splice(base: nn.Module, cuts: Sequence[Cut], given: Sequence[str] = ()) -> nn.Module:
     """The spliced network: as one graph if the root can be traced, else within the smallest modules."""
     try:
         return SplicedModule(base, apply_cuts(base, cuts, given=given), cuts)
@@ -165,10 +171,17 @@ def reversals(model: nn.Module) -> dict[str, GradientReversal]:
     found = {path: m for path, m in model.named_modules() if isinstance(m, GradientReversal)}
     nodes = model.graph.nodes if isinstance(model, SplicedModule) else ()
     order = {str(node.target): place for place, node in reversed(list(enumerate(nodes)))}
-    place = {
-        path: min((order[p] for p in (*ancestors(path), path) if p in order), default=-1) for path in found
-    }
-    return {path: found[path] for path in sorted(found, key=place.__getitem__)}
+
+    def place(path: str) -> int:
+        return min((order[part] for part in (*ancestors(path), path) if part in order), default=-1)
+
+    return {path: found[path] for path in sorted(found, key=place)}
+
+
+def head_names(model: nn.Module) -> list[str]:
+    """Names of the domain heads, in the order attached: the order of their logits in the output."""
+    cuts = model.cuts if isinstance(model, SplicedModule) else ()
+    return [cut.module for cut in cuts if cut.kind == "head"]
 
 
 def strip(model: nn.Module, names: Sequence[str] | str | None = None) -> nn.Module:
@@ -195,13 +208,14 @@ def strip(model: nn.Module, names: Sequence[str] | str | None = None) -> nn.Modu
     wanted = [names] if isinstance(names, str) else names
     present = _spliced_names(model)
     unknown = [name for name in wanted or () if name not in present]
-    if not present or unknown:
+    if not present:
         raise SurgeryError(
-            f"there is no {unknown[0]!r} to strip"
-            if unknown
-            else f"this {type(model).__name__} is not spliced",
-            choices=near_names(unknown[0], present) or present if unknown else (),
+            f"this {type(model).__name__} is not spliced, so there is nothing to strip",
             example="strip(insert_grl(model, after='layer3'))",
+        )
+    if unknown:
+        raise SurgeryError(
+            f"there is no {unknown[0]!r} to strip", choices=near_names(unknown[0], present) or present
         )
     return _strip(model, "", present if wanted is None else wanted)
 

@@ -384,7 +384,7 @@ class _Tracer(fx.Tracer):
         return super().create_arg(a)
 
     def constant(self, tensor: torch.Tensor) -> fx.Node:
-        """A tensor that is no proxy: a parameter read past its module, an attribute, or one made from nothing."""
+        """A tensor that is no proxy: read past its module, an attribute, or made by the forward."""
         name = self.tensors.get(id(tensor)) or self.tensor_attrs.get(tensor)
         if name is None and tensor.requires_grad:
             raise TypeError("a tensor computed from a parameter would be frozen at its present value")

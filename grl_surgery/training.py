@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -300,10 +301,10 @@ def check_partition(groups: Iterable[Iterable[nn.Parameter]], model: nn.Module) 
     Raises:
         SurgeryError: One is missing, is there twice, or is frozen or foreign.
     """
-    placed = [id(parameter) for group in groups for parameter in group]
+    placed = Counter(id(parameter) for group in groups for parameter in group)
     trainable = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
-    problems = [f"{name} is in {n} groups" for i, name in trainable.items() if (n := placed.count(i)) != 1]
-    if set(placed) - trainable.keys():
+    problems = [f"{name} is in {n} groups" for i, name in trainable.items() if (n := placed[i]) != 1]
+    if placed.keys() - trainable.keys():
         problems.append("a group holds a parameter that is frozen or not the model's")
     if problems or not trainable:
         raise SurgeryError(

@@ -225,7 +225,9 @@ def _wrong_passage(layer: GradientReversal, row: Passage) -> str:
     if row.entered is None or _is_zero(row.entered):
         return ""
     if row.left is None or not torch.equal(row.left, -row.entered):
-        return f"the gradient that leaves is not -1 times the one that enters; {_ratio(row.entered, row.left)}"
+        return (
+            f"the gradient that leaves is not -1 times the one that enters; {_ratio(row.entered, row.left)}"
+        )
     x = torch.zeros_like(row.entered, requires_grad=True)
     (found,) = torch.autograd.grad(layer(x * 1), x, row.entered)
     if not torch.equal(found, (row.entered * -layer.coeff).to(found.dtype)):

@@ -205,6 +205,13 @@ def jit_trace(operation: Operation) -> Tensor:
     return gradient_at_input(torch.jit.trace(Network(operation), (INPUT,)))
 
 
+def jit_trace_saved_and_loaded(operation: Operation) -> Tensor:
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(Network(operation), (INPUT,)), file)
+    file.seek(0)
+    return gradient_at_input(torch.jit.load(file))
+
+
 def checkpoint_reentrant(operation: Operation) -> Tensor:
     return gradient_at_input(lambda x: checkpoint(Network(operation), x, use_reentrant=True))
 
@@ -284,6 +291,7 @@ CONTEXTS = [
     make_fx_of_gradient,
     aot_module,
     jit_trace,
+    jit_trace_saved_and_loaded,
     checkpoint_reentrant,
     checkpoint_not_reentrant,
     subclass_by_name,

@@ -10,7 +10,7 @@ from dataclasses import FrozenInstanceError, dataclass
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -138,11 +138,19 @@ def test_no_schedule_leaves_the_non_negative_numbers(schedule: Schedule) -> None
     assert all(isinstance(value, float) and 0.0 <= value <= 1.0 for value in values)
 
 
-@given(lo=coefficient, gamma=st.floats(1e-3, 1e4), p=progress)
-def test_rounding_never_makes_a_falling_schedule_negative(lo: float, gamma: float, p: float) -> None:
-    assert dann(lo, 0.0, gamma)(p) >= 0.0
-    assert warm_start(gamma, 1000, lo, 0.0)(p) >= 0.0
-    assert linear(lo, 0.0)(p) >= 0.0
+@given(lo=coefficient, hi=coefficient, gamma=st.floats(1e-3, 1e4), p=progress)
+@example(lo=0.1, hi=0.1, gamma=1.0, p=0.18)  # (1 - p) lo + p lo is 0.10000000000000002 here
+def test_rounding_never_leaves_the_interval_between_both_ends(
+    lo: float, hi: float, gamma: float, p: float
+) -> None:
+    for schedule in (dann(lo, hi, gamma), warm_start(gamma, 1000, lo, hi), linear(lo, hi)):
+        assert min(lo, hi) <= schedule(p) <= max(lo, hi)
+
+
+def test_linear_arrives_exactly_where_the_obvious_formula_does_not() -> None:
+    lo, hi = 9.0, 0.4274950401684602
+    assert lo + (hi - lo) * 1.0 != hi
+    assert linear(lo, hi)(1.0) == hi
 
 
 # ------------------------------------------------------------------------------------ schedules as values

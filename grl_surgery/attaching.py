@@ -1,0 +1,154 @@
+"""attach_domain_head: a reversal and a domain classifier behind a point, their logits beside the output."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Literal
+
+from torch import nn
+
+from grl_surgery.errors import SurgeryError
+from grl_surgery.heads import Condition, DomainHead, Norm, build_head
+from grl_surgery.inputs import example_inputs as known_inputs
+from grl_surgery.model_graph import shapes_at
+from grl_surgery.pooling import Pool
+from grl_surgery.selection import Selector, select_points
+from grl_surgery.spliced_module import Cut
+from grl_surgery.splicing import check_model, on_same_device, patient, splice
+
+__all__ = ["attach_domain_head"]
+
+
+def attach_domain_head(
+    model: nn.Module,
+    after: Selector,
+    *,
+    num_domains: int = 2,
+    name: str = "domain",
+    coeff: float = 1.0,
+    classifier: nn.Module | Literal["global", "patch"] = "global",
+    pool: Pool = "auto",
+    condition_on: str | None = None,
+    condition: nn.Module | Condition = "auto",
+    hidden: int | None = None,
+    depth: int = 2,
+    norm: Norm = None,
+    dropout: float = 0.5,
+    binary: bool = False,
+    example_inputs: Any = None,
+) -> nn.Module:
+    """Attach a domain discriminator behind a gradient reversal to a network (DANN, Ganin et al. 2016).
+
+    The network's own computation and gradients are untouched; the domain loss reaches it reversed.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> m = attach_domain_head(net, after="1", example_inputs=torch.randn(3, 4))
+        >>> output, domain_logits = m(torch.randn(5, 4))
+        >>> domain_logits.shape
+        torch.Size([5, 2])
+
+    Args:
+        model: Any network whose forward can be traced; or the result of an earlier call.
+        after: The one point whose value the head reads.
+        num_domains: Number of domains, and of logits.
+        name: Attribute of the head in the result; its parameters are ``name.classifier...``.
+        coeff: Initial coefficient of the head's reversal, ``reversals(m)[f"{name}.reversal"]``.
+        classifier: ``"global"``: one decision for each sample; ``"patch"``: one for each position; or a
+            module of your own that returns logits.
+        pool: How the feature becomes (B, C); by default found from its shape.
+        condition_on: Point of the class logits (B, classes) for a conditional head (CDAN, Long et al. 2018).
+        condition: How they are combined: ``"multilinear"``, ``"randomized"``, or a module of your own.
+        hidden: Width of the hidden layers; 1,024 by default, 512 for a patch head.
+        depth: Number of hidden layers.
+        norm: Their norm.
+        dropout: Their dropout.
+        binary: One logit for two domains.
+        example_inputs: Arguments of forward; by default those that timm or torchvision declare. Nothing is
+            computed with them: the head is sized from the shape that they have at the point.
+
+    Returns:
+        A GraphModule that returns ``(output, logits)``, with n heads ``(output, logits_1, ..., logits_n)``,
+        in the order attached.
+
+    Raises:
+        SurgeryError: The name is taken, there is more than one point, or settings do not go together.
+        ShapeError: The value at the point is not a tensor that a head can read.
+        PointNotFoundError, AmbiguousPointError, TracingError: As for :func:`insert_grl`.
+    """
+    check_model(model, "attach_domain_head")
+    base, cuts = patient(model)
+    _check_name(base, name)
+    inputs = known_inputs(base) if example_inputs is None else example_inputs
+    points = _points(base, after, condition_on, inputs)
+    if inputs is None:
+        raise SurgeryError(
+            f"nothing says what inputs {type(base).__name__} takes, so the head cannot be sized",
+            example="attach_domain_head(model, 'layer3', example_inputs=(torch.randn(2, 3, 224, 224),))",
+        )
+    shape, *class_logits = shapes_at(base, cuts, points, inputs)
+    head = build_head(
+        shape,
+        num_domains,
+        classifier=classifier,
+        pool=pool,
+        num_features=getattr(base, "num_features", None),
+        num_prefix_tokens=_prefix_tokens(base, shape),
+        num_classes=_num_classes(condition_on, class_logits),
+        condition=condition,
+        hidden=hidden,
+        depth=depth,
+        norm=norm,
+        dropout=dropout,
+        binary=binary,
+        coeff=coeff,
+    )
+    _say_what_was_assumed(head, points[0])
+    parameter = next(base.parameters(), None)
+    if parameter is not None and parameter.is_floating_point():
+        head.to(parameter.dtype)
+    base.add_module(name, on_same_device(head, base))
+    return splice(base, [*cuts, Cut("head", points[0], name, condition_on and points[1])])
+
+
+def _points(base: nn.Module, after: Selector, condition_on: str | None, inputs: Any) -> list[str]:
+    points = select_points(base, after, "after", inputs)
+    if len(points) != 1:
+        raise SurgeryError(
+            f"a head reads one point, and after={after!r} stands for {len(points)}",
+            choices=points[:5],
+            example=f"attach_domain_head(model, after={points[0]!r}), then again for another head",
+        )
+    return points + (select_points(base, condition_on, "condition_on", inputs) if condition_on else [])
+
+
+def _check_name(base: nn.Module, name: str) -> None:
+    if not isinstance(name, str) or not name.isidentifier():
+        raise SurgeryError(f"name={name!r} cannot be an attribute of a module", example="name='domain'")
+    if hasattr(base, name):
+        taken = next(f"{name}_{count}" for count in range(2, 1000) if not hasattr(base, f"{name}_{count}"))
+        raise SurgeryError(f"the network already has an attribute {name!r}", example=f"name={taken!r}")
+
+
+def _prefix_tokens(base: nn.Module, shape: tuple[int, ...]) -> int:
+    """Class and register tokens in front of the patch tokens, as timm counts them."""
+    count = getattr(base, "num_prefix_tokens", 0)
+    return count if isinstance(count, int) and len(shape) == 3 and 0 < count < shape[1] else 0
+
+
+def _num_classes(condition_on: str | None, shapes: list[tuple[int, ...]]) -> int | None:
+    if condition_on is None:
+        return None
+    (shape,) = shapes
+    if len(shape) != 2:
+        raise SurgeryError(
+            f"condition_on={condition_on!r} has the shape {shape}, not (B, classes)",
+            example="condition_on='fc'",
+        )
+    return shape[1]
+
+
+def _say_what_was_assumed(head: DomainHead, point: str) -> None:
+    if head.layout is not None and head.layout.assumption:
+        warnings.warn(f"at {point!r}, {head.layout.assumption}; pool= chooses another layout", stacklevel=3)
