@@ -327,7 +327,7 @@ def _splice(
     if before:
         model = insert_grl(model, before=before, coeff=coeff)
     if edge:
-        model = insert_grl(model, edge=edge, coeff=coeff)
+        model = insert_grl(model, edge=[_parse_edge(line) for line in edge], coeff=coeff)
     return model
 
 
@@ -434,14 +434,24 @@ def _found(graphs: Sequence[ModelGraph], wanted: str) -> ModelGraph:
         near = points.near_names(wanted, [*names, *(node.type for node in nodes)])
         raise PointNotFoundError(f"{wanted!r} matches none of the {len(names)} points", choices=near)
     kept = {node.name for node in found}
-    edges = (edge for graph in graphs for edge in graph.edges if {edge.source, edge.target} & kept)
-    return replace(graphs[-1], nodes=tuple(found), edges=tuple(dict.fromkeys(edges)))
+    edges: dict[points.Edge, None] = {}
+    for graph in reversed(graphs):  # less deep graphs add the edges of the modules that deeper ones look into
+        edges |= dict.fromkeys(edge for edge in graph.edges if {edge.source, edge.target} & kept)
+        kept -= {node.name for node in graph.nodes}
+    return replace(graphs[-1], nodes=tuple(found), edges=tuple(edges))
 
 
 def _edge_lines(graph: ModelGraph) -> list[str]:
     """Each edge as ``--edge`` takes it; where a pair has several, the arguments that tell them apart."""
     times = Counter(map(str, graph.edges))
-    return [f"{edge}  (argument {edge.arg})" if times[str(edge)] > 1 else str(edge) for edge in graph.edges]
+    return [f"{edge} (argument {edge.arg})" if times[str(edge)] > 1 else str(edge) for edge in graph.edges]
+
+
+def _parse_edge(line: str) -> points.Edge:
+    """An edge as ``graph --edges`` prints it."""
+    match = re.fullmatch(r"(.+) \(argument (.+)\)", line.strip())
+    pair = points.parse_edge(match[1] if match else line)
+    return replace(pair, arg=match[2]) if match else pair
 
 
 def _print_tree(loaded: LoadedModel, graphs: Sequence[ModelGraph], hidden: int) -> None:
@@ -613,16 +623,21 @@ def _complain(message: str) -> None:
 
 # A selector in a message, unless it is an argument of a call that is quoted whole.
 _SELECTOR = re.compile(r"(?<![\w(])(?<!, )(after|before|edge)=(?:(\[[^\]]*\])|r?('[^']*'|\"[^\"]*\"))")
+_EDGE = re.compile(r"(edge=)?(?:grl_surgery\.)?\bEdge\('([^']*)', '([^']*)', '([^']*)'\)")
 
 
 def _in_shell_words(message: str) -> str:
     """The message with ``after='layer3'`` written as the command line takes it: ``--after layer3``."""
 
-    def rewritten(match: re.Match[str]) -> str:
+    def selector(match: re.Match[str]) -> str:
         keyword, several, one = match.groups()
         names = re.findall(r"'([^']*)'|\"([^\"]*)\"", several or one)
         return " ".join(f"--{keyword} {shlex.quote(single or double)}" for single, double in names)
 
+    def edge(match: re.Match[str]) -> str:
+        option, source, target, arg = match.groups()
+        return ("--edge " if option else "") + shlex.quote(f"{source} -> {target} (argument {arg})")
+
     message = message.replace("print(grl_surgery.graph(model))", f"'{_NAME} graph MODEL'")
     message = re.sub(r"(?<![\w(])(?<!, )coeff=", "--coeff ", message)
-    return _SELECTOR.sub(rewritten, message)
+    return _SELECTOR.sub(selector, _EDGE.sub(edge, message))

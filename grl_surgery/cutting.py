@@ -100,8 +100,10 @@ def _values(
     model: nn.Module, graph: fx.Graph, name: str, names: Sequence[str]
 ) -> Iterator[tuple[fx.Node, tuple[Any, ...]]]:
     """The nodes that hold the value called ``name``, and which of its items is meant."""
-    whole, items = (name, ()) if name in names else split_items(name)
-    nodes = _named(graph, _find(model, whole if items else name, names))
+    whole, items = split_items(name)
+    if items and name in names and whole not in names:
+        whole, items = name, ()
+    nodes = _named(graph, _find(model, whole, names))
     leaving = [node for node in nodes if node.meta.get("boundary") == "out"]
     if leaving and leaving[0].meta["items"] and not items:
         choices = [name + "".join(f"[{key}]" for key in node.meta["items"]) for node in leaving]
@@ -117,7 +119,18 @@ def _values(
             raise ShapeError(f"the value of {name!r} is a size, not a tensor: no gradient flows through it")
         held = node.meta.get("items", ())
         if held == items[: len(held)]:
-            yield node, items[len(held) :]
+            yield from _item_takers(node, items[len(held) :])
+
+
+def _item_takers(
+    node: fx.Node, items: tuple[Any, ...]
+) -> Iterator[tuple[fx.Node, tuple[Any, ...]]]:
+    """Where nobody takes the whole value, those who take the item; otherwise the value and the item."""
+    taken = [user for user in node.users if user.target is operator.getitem and user.args[0] is node]
+    if len(items) == 1 and len(taken) == len(node.users):
+        yield from ((user, ()) for user in taken if user.args[1] == items[0])
+    else:
+        yield node, items
 
 
 def _cut_after(graph: fx.Graph, value: fx.Node, items: tuple[Any, ...], cut: Cut) -> int:
@@ -164,10 +177,10 @@ def _call(graph: fx.Graph, module: str, *values: fx.Node) -> fx.Node:
 
 
 def _inserting_after(graph: fx.Graph, node: fx.Node) -> AbstractContextManager[None]:
-    """Insert behind the node; behind all arguments of forward if it is one."""
+    """Insert behind the node, in the order of insertion; behind all arguments of forward if it is one."""
     while node.op == "placeholder" and node.next.op == "placeholder":
         node = node.next
-    return graph.inserting_after(node)
+    return graph.inserting_before(node.next)
 
 
 # ------------------------------------------------------------------------------------------------- heads

@@ -12,13 +12,15 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from grl_surgery.errors import AmbiguousPointError, PointNotFoundError, SurgeryError
 
 __all__ = ["Edge", "GraphNode", "near_names"]
+
+T = TypeVar("T", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -90,33 +92,36 @@ def split_items(name: str) -> tuple[str, tuple[int | str, ...]]:
     return match[1], tuple(int(key) if re.fullmatch(r"-?\d+", key) else key for key in keys)
 
 
-def number(sequences: Sequence[Sequence[str]]) -> list[list[str]]:
+def number(sequences: Sequence[Sequence[tuple[str, Hashable]]]) -> list[list[str]]:
     """Give every element of each sequence a unique name by numbering those that repeat.
 
     The sequences are the executions of one network in different modes; what they have in common gets the
     same name in all of them.
 
     Example:
-        >>> number([["conv", "relu", "relu"], ["conv", "relu"]])
-        [['conv', 'relu#1', 'relu#2'], ['conv', 'relu#1']]
+        >>> number([[("conv", 1), ("relu", 2), ("relu", 3)], [("conv", 1), ("relu", 3)]])
+        [['conv', 'relu#1', 'relu#2'], ['conv', 'relu#2']]
+
+    Args:
+        sequences: For each element its name so far, and where it stands in the source, which tells the
+            elements of two sequences apart that share a name.
     """
-    merged: list[str] = list(sequences[0])
-    places: list[list[int]] = [list(range(len(merged)))]
+    merged = list(sequences[0])
+    places = [list(range(len(merged)))]
     for sequence in sequences[1:]:
         merged, old, new = _merge(merged, sequence)
-        places = [[old[place] for place in row] for row in places]
-        places.append(new)
-    total, seen = Counter(merged), Counter[str]()
+        places = [[old[place] for place in row] for row in places] + [new]
+    total, seen = Counter(base for base, _ in merged), Counter[str]()
     names = []
-    for base in merged:
+    for base, _ in merged:
         seen[base] += 1
         names.append(base if total[base] == 1 else f"{base}#{seen[base]}")
     return [[names[place] for place in row] for row in places]
 
 
-def _merge(first: Sequence[str], second: Sequence[str]) -> tuple[list[str], list[int], list[int]]:
+def _merge(first: Sequence[T], second: Sequence[T]) -> tuple[list[T], list[int], list[int]]:
     """Shortest sequence that contains both in order, and where each element of each went."""
-    merged: list[str] = []
+    merged: list[T] = []
     old, new = [0] * len(first), [0] * len(second)
     matcher = difflib.SequenceMatcher(None, first, second, autojunk=False)
     for tag, i1, i2, j1, j2 in matcher.get_opcodes():
@@ -125,10 +130,9 @@ def _merge(first: Sequence[str], second: Sequence[str]) -> tuple[list[str], list
             if tag == "equal":
                 new[j1 + i - i1] = len(merged)
             merged.append(first[i])
-        if tag != "equal":
-            for j in range(j1, j2):
-                new[j] = len(merged)
-                merged.append(second[j])
+        for j in range(j1, j2) if tag != "equal" else ():
+            new[j] = len(merged)
+            merged.append(second[j])
     return merged, old, new
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import os
 import random
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -350,7 +352,7 @@ class _Tracer(fx.Tracer):
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(kind, target, *args, **kwargs)
         node.meta.pop("nn_module_stack", None)
-        node.meta["base"] = self.base_name(node)
+        node.meta.update(base=self.base_name(node), line=_line_of_forward())
         return node
 
     def base_name(self, node: fx.Node) -> str:
@@ -427,6 +429,8 @@ class _Tracer(fx.Tracer):
         def run() -> Any:
             result = root_fn(self.root, *positional, **keywords)
             self.refuse_randomness()
+            for path in self.opened:
+                _refuse_assignment(self.root.get_submodule(path), path)
             return result
 
         return run, []
@@ -492,6 +496,26 @@ def operation(node: fx.Node) -> str:
     return name.strip("_") if name.startswith("__") else name
 
 
+def _refuse_assignment(module: nn.Module, path: str) -> None:
+    """A value that a forward stores on its module would be stored while tracing, and never again."""
+    for holder in (module.__dict__, module._buffers, module._parameters):
+        for name, value in holder.items():
+            if isinstance(value, fx.Proxy):
+                where = f"{path}.{name}" if path else name
+                raise RuntimeError(f"it assigns self.{name}, and a graph would leave {where!r} as it is")
+
+
+_MACHINERY = (os.path.dirname(torch.__file__) + os.sep + "fx", __file__)
+
+
+def _line_of_forward() -> tuple[str, int]:
+    """The line of the network's code that is being traced."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(_MACHINERY):
+        frame = frame.f_back
+    return (frame.f_code.co_filename, frame.f_lineno) if frame else ("", 0)
+
+
 def _name_nodes(graphs: Sequence[fx.Graph]) -> None:
     """Number what shares a base name; all boundaries of one call of a module are one thing."""
     things: list[list[list[fx.Node]]] = []
@@ -501,7 +525,7 @@ def _name_nodes(graphs: Sequence[fx.Graph]) -> None:
             if "base" in node.meta:
                 calls.setdefault(node.meta.get("call") or node, []).append(node)
         things.append(list(calls.values()))
-    named = number([[nodes[0].meta["base"] for nodes in row] for row in things])
+    named = number([[(nodes[0].meta["base"], nodes[0].meta["line"]) for nodes in row] for row in things])
     for row, names in zip(things, named, strict=True):
         for nodes, name in zip(row, names, strict=True):
             for node in nodes:

@@ -1,0 +1,606 @@
+"""insert_grl, reversals and strip, against an oracle of eager hooks that knows neither torch.fx nor this library."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from small_networks import (
+    Colliding,
+    Constants,
+    Containers,
+    DrawsInPython,
+    InPlace,
+    KeepsFrozen,
+    KeywordOnly,
+    Modes,
+    Net,
+    Ordered,
+    Pair,
+    Repeated,
+    Residual,
+    Shared,
+    Tuples,
+    Untraceable,
+    image,
+    vector,
+)
+from torch import nn
+
+import grl_surgery as gs
+
+
+def names(model, depth=1):
+    return [node.name for node in gs.graph(model, depth=depth).nodes]
+
+
+def gradients(model, *inputs, **keywords):
+    """Gradient of every parameter under a random objective, by name."""
+    torch.manual_seed(0)
+    model.zero_grad(set_to_none=True)
+    output = model(*inputs, **keywords)
+    tensors = list(output.values()) if isinstance(output, dict) else output
+    tensors = tensors if isinstance(tensors, (tuple, list)) else [tensors]
+    generator = torch.Generator().manual_seed(7)
+    sum((t * torch.randn(t.shape, generator=generator)).sum() for t in tensors).backward()
+    return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+
+
+def reversed_at(model, path, *inputs):
+    """Gradients of the model with the output of the module at ``path`` reversed by a tensor hook."""
+
+    def hook(module, args, output):
+        copied = output.clone()
+        copied.register_hook(lambda gradient: -gradient)
+        return copied
+
+    model = copy.deepcopy(model)
+    model.get_submodule(path).register_forward_hook(hook)
+    return gradients(model, *inputs)
+
+
+def assert_same_gradients(found, expected):
+    for name, gradient in expected.items():
+        if gradient is None:
+            assert found[name] is None, name
+        else:
+            assert torch.equal(found[name], gradient), name
+
+
+def snapshot(model):
+    """Everything about a model that surgery must not touch."""
+    return {
+        "keys": list(model.state_dict()),
+        "tensors": [t.clone() for t in model.state_dict().values()],
+        "identities": [id(t) for t in (*model.parameters(), *model.buffers())],
+        "flags": [module.training for module in model.modules()],
+        "attributes": [sorted(module.__dict__) for module in model.modules()],
+        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
+        "gradients": [p.grad for p in model.parameters()],
+        "children": [list(module._modules) for module in model.modules()],
+        "random": torch.random.get_rng_state(),
+    }
+
+
+def assert_untouched(model, before):
+    after = snapshot(model)
+    assert all(map(torch.equal, after.pop("tensors"), before.pop("tensors")))
+    assert torch.equal(after.pop("random"), before.pop("random"))
+    assert after == before
+
+
+# ------------------------------------------------------------------------------------------- where to cut
+
+
+@pytest.mark.parametrize("path", ["stem", "stage1", "stage1.0", "stage1.1.conv", "stage2.0.norm", "fc"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_after_a_module_equals_a_hook_on_its_output(path, training):
+    model, x = Net().train(training), image()
+    spliced = gs.insert_grl(model, after=path)
+    assert_same_gradients(gradients(spliced, x), reversed_at(model, path, x))
+
+
+def test_before_a_module_equals_after_what_feeds_it():
+    model, x = Net(), image()
+    found = gradients(gs.insert_grl(model, before="stage2"), x)
+    assert_same_gradients(found, reversed_at(model, "stage1", x))
+
+
+def test_an_edge_into_a_sum_is_reversed_and_the_other_edge_is_not():
+    model, x = Net(), image()
+    plain = gradients(model, x)
+    by_norm = gradients(gs.insert_grl(model, edge=("stage2.1.norm", "stage2.1.add")), x)
+    assert torch.equal(by_norm["stage2.1.conv.weight"], -plain["stage2.1.conv.weight"])
+    assert not torch.equal(by_norm["stage2.0.conv.weight"], -plain["stage2.0.conv.weight"])
+    by_input = gradients(gs.insert_grl(model, edge="stage2.0 -> stage2.1.add"), x)
+    assert torch.equal(by_input["stage2.1.conv.weight"], plain["stage2.1.conv.weight"])
+    both = {name: by_norm[name] + by_input[name] for name in plain if name.startswith("stage1.")}
+    assert all(gradient.abs().max() < 1e-5 for gradient in both.values())
+
+
+def test_the_two_arguments_of_a_sum_with_itself_are_told_apart_by_the_edge():
+    class Doubled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(6, 6)
+
+        def forward(self, x):
+            x = self.fc(x)
+            return x + x
+
+    model, x = Doubled(), vector()
+    with pytest.raises(gs.AmbiguousPointError, match=r"'add' uses 'fc' 2 times.*\n.*Edge\('fc', 'add', '0'\)"):
+        gs.insert_grl(model, edge=("fc", "add"))
+    edge = next(edge for edge in gs.graph(model).edges if edge.target == "add" and edge.arg == "1")
+    assert all(not gradient.any() for gradient in gradients(gs.insert_grl(model, edge=edge), x).values())
+
+
+@pytest.mark.parametrize(
+    ("selector", "count"),
+    [
+        (["stem", "fc"], 2),
+        (["stem", "stem"], 1),
+        ("glob:stage1.*", 2),
+        ("glob:stage?.*.add", 4),
+        ("glob:**.norm", 4),
+        (r"re:stage\d", 2),
+        (Residual, 4),
+        (nn.Conv2d, 5),
+        (lambda node: node.type == "add", 4),
+        (["stem", "glob:stage1.*", Residual], 5),
+    ],
+    ids=["list", "twice", "children", "operations", "deep", "regex", "class", "torch class", "predicate", "mixed"],
+)
+def test_points_are_selected_by_lists_patterns_classes_and_predicates(selector, count):
+    model, x = Net().eval(), image()
+    spliced = gs.insert_grl(model, after=selector)
+    assert len(gs.reversals(spliced)) == count
+    assert torch.equal(spliced(x), model(x))
+    assert gs.verify_flip(spliced, model, x).ok
+
+
+def test_a_predicate_can_look_at_shapes():
+    spliced = gs.insert_grl(Net(), after=lambda node: node.shape == (2, 3), example_inputs=image())
+    assert list(gs.reversals(spliced)) == ["grl_fc"]
+
+
+def test_one_item_of_a_tuple_is_reversed_for_those_who_take_it_and_those_who_take_the_whole():
+    model, x = Tuples(), vector()
+    plain = gradients(model, x)
+    spliced = gs.insert_grl(model, after="encoder[1]")
+    assert type(spliced(x)) is Pair
+    found = gradients(spliced, x)
+    assert torch.equal(found["encoder.b.weight"], -plain["encoder.b.weight"])
+    assert torch.equal(found["encoder.a.weight"], plain["encoder.a.weight"])
+
+
+def test_an_item_of_a_traced_module_that_returns_a_tuple_can_be_chosen():
+    model, x = Tuples(), vector()
+    spliced = gs.insert_grl(gs.insert_grl(model, after="encoder.a"), after="encoder[1]")
+    plain, found = gradients(model, x), gradients(spliced, x)
+    assert torch.equal(found["encoder.b.weight"], -plain["encoder.b.weight"])
+    with pytest.raises(gs.ShapeError, match=r"'encoder' is made of 2 tensors: choose one\n.*encoder\[0\]"):
+        gs.insert_grl(spliced, after="encoder")
+
+
+def test_a_whole_tuple_is_refused_when_the_network_runs():
+    with pytest.raises(gs.ShapeError, match="tuple"):
+        gs.insert_grl(Tuples(), after="encoder")(vector())
+
+
+def test_a_size_is_no_point():
+    class Reshapes(nn.Module):
+        def forward(self, x):
+            return x.view(x.size(0), -1)
+
+    with pytest.raises(gs.ShapeError, match="is a size"):
+        gs.insert_grl(Reshapes(), after="size")
+
+
+def test_a_dict_of_modules_and_a_dict_as_output_work():
+    model, x = Containers(), vector()
+    spliced = gs.insert_grl(model, after=["layers.1", "heads.left"])
+    plain, found = gradients(model, x), gradients(spliced, x)
+    assert list(spliced(x)) == ["left", "right"]
+    assert torch.equal(found["heads.left.weight"], -plain["heads.left.weight"])
+    assert torch.equal(found["heads.right.weight"], plain["heads.right.weight"])
+
+
+def test_the_class_of_a_returned_mapping_is_kept():
+    model, x = Ordered(), vector()
+    assert type(gs.insert_grl(model, after="fc")(x)) is type(model(x))
+
+
+# -------------------------------------------------------------------------------------------------- names
+
+
+def test_modules_called_like_operations_numbers_and_torchvisions_suffix_keep_apart():
+    model, x = Colliding(), vector()
+    assert names(model) == ["x", "block_1", "block", "add#1", "odd##1", "add#2", "add#3", "output"]
+    for path in ("block_1", "block", "odd#1"):
+        spliced = gs.insert_grl(model, after=path.replace("#", "##"))
+        assert_same_gradients(gradients(spliced, x), reversed_at(model, path, x))
+
+
+def test_repeated_calls_are_numbered_and_the_bare_name_lists_them():
+    model, x = Repeated(), vector()
+    assert "act#3" in names(model)
+    with pytest.raises(gs.AmbiguousPointError, match="nearest: act#1, act#2, act#3"):
+        gs.insert_grl(model, after="act")
+    plain, found = gradients(model, x), gradients(gs.insert_grl(model, after="act#2"), x)
+    assert torch.equal(found["second.weight"], -plain["second.weight"])
+    assert torch.equal(found["third.weight"], plain["third.weight"])
+    assert torch.equal(gradients(gs.insert_grl(model, after="relu_1"), x)["third.weight"], -plain["third.weight"])
+
+
+def test_a_module_shared_under_two_names_is_one_module_called_twice():
+    model = Shared()
+    assert names(model)[1:5] == ["a#1", "tanh#1", "a#2", "tanh#2"]
+    with pytest.raises(gs.AmbiguousPointError, match="nearest: a#1, a#2"):
+        gs.insert_grl(model, after="b")
+    spliced = gs.insert_grl(model, after="b#1")
+    assert spliced.a is spliced.b
+    assert gs.verify_flip(spliced, model, vector()).ok
+
+
+def test_names_are_the_same_in_train_and_in_eval_and_on_the_result():
+    model = Modes()
+    in_train, in_eval = names(model.train()), names(model.eval())
+    assert "relu#3" in in_train
+    assert set(in_eval) < set(in_train)
+    spliced = gs.insert_grl(model, after="relu#3")
+    assert set(names(spliced)) - {"grl_relu_3"} == set(in_eval)
+    assert set(names(spliced.train())) - {"grl_relu_3"} == set(in_train)
+
+
+# --------------------------------------------------------------------------------- the original, the result
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {"after": "stage1.0.conv"},
+        {"after": "nowhere"},
+        {"after": "stage1", "coeff": -1.0},
+        {"edge": ("stem", "fc")},
+        {"after": ["stem", "nowhere"]},
+    ],
+    ids=["done", "no such point", "bad coefficient", "no such edge", "half of a list"],
+)
+def test_the_original_is_untouched_also_when_the_call_fails(keywords):
+    model = Net()
+    model.stage1.eval()
+    model.fc.register_forward_hook(lambda *args: None)
+    before = snapshot(model)
+    try:
+        spliced = gs.insert_grl(model, **keywords)
+    except gs.SurgeryError:
+        pass
+    else:
+        spliced.eval()
+        spliced.stage2.register_forward_hook(lambda *args: None)
+        spliced.new = nn.Identity()
+    assert_untouched(model, before)
+
+
+def test_tracing_that_fails_half_way_leaves_no_proxy_behind():
+    class Stores(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(6, 6)
+            self.last = None
+
+        def forward(self, x):
+            self.last = self.fc(x)
+            return self.last if self.last.sum() > 0 else x
+
+    model = Stores()
+    with pytest.raises(gs.TracingError, match=r"the forward of the root \(Stores\) cannot be traced"):
+        gs.insert_grl(model, after="fc")
+    assert model.last is None
+
+
+def test_parameters_are_shared_and_checkpoints_load_both_ways():
+    model = Net()
+    spliced = gs.insert_grl(model, after="stage1.0.conv")
+    assert list(spliced.state_dict()) == list(model.state_dict())
+    assert all(a is b for a, b in zip(spliced.parameters(), model.parameters(), strict=True))
+    spliced.load_state_dict(Net().state_dict(), strict=True)
+    Net().load_state_dict(spliced.state_dict(), strict=True)
+
+
+def test_blocks_keep_their_class_and_the_network_its_attributes():
+    spliced = gs.insert_grl(Net(), after="stage1.0.conv")
+    assert isinstance(spliced, torch.fx.GraphModule)
+    assert isinstance(spliced.stage1[0], Residual)
+    assert spliced.num_features == 4
+
+
+def test_unused_modules_and_parameters_stay():
+    model = Net()
+    model.unused = nn.Linear(2, 2)
+    model.token = nn.Parameter(torch.zeros(2))
+    spliced = gs.insert_grl(model, after="stem")
+    assert list(spliced.state_dict()) == list(model.state_dict())
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize(
+    ("make", "point", "x"),
+    [(Net, "stage1.0.add", image()), (Modes, "relu#3", vector()), (Constants, "fc", vector())],
+    ids=["net", "two graphs", "constant"],
+)
+def test_copies_and_pickles_compute_the_same_and_can_be_cut_again(copied, make, point, x):
+    spliced = gs.insert_grl(make(), after=point, coeff=0.5)
+    twin = copied(spliced)
+    for training in (True, False):
+        assert_same_gradients(gradients(twin.train(training), x), gradients(spliced.train(training), x))
+    assert names(twin) == names(spliced)
+    assert float(next(iter(gs.reversals(twin).values())).coeff) == 0.5
+    assert len(gs.reversals(gs.insert_grl(twin, after=names(make())[1]))) == 2
+
+
+def test_train_and_eval_do_what_the_original_does():
+    model, x = Modes(), vector()
+    spliced = gs.insert_grl(model, after="body")
+    for training in (True, False, True):
+        model.train(training), spliced.train(training)
+        torch.manual_seed(3)
+        expected = model(x)
+        torch.manual_seed(3)
+        assert torch.equal(spliced(x), expected)
+    assert [m.training for m in gs.insert_grl(model.eval(), after="body").modules()].count(True) == 0
+
+
+def test_a_mode_that_was_not_traced_is_refused_and_not_guessed():
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(6, 6)
+
+        def forward(self, x):
+            return self.fc(x) if self.training else x
+
+    model = nn.Sequential(Part(), Part())
+    spliced = gs.insert_grl(model, after=["0.fc", "1.fc"])
+    assert "fc" in dict(spliced.get_submodule("0").named_children())
+    getattr(spliced, "0").eval()
+    with pytest.raises(gs.TracingError, match=r"no graph for 0.training=False, 1.training=True"):
+        spliced(vector())
+
+
+def test_a_networks_own_train_method_is_obeyed():
+    spliced = gs.insert_grl(KeepsFrozen(), after="frozen")
+    assert not spliced.train().frozen.training
+    assert spliced.fc.training
+
+
+def test_an_in_place_consumer_neither_raises_nor_changes_what_others_see():
+    model, x = InPlace(), vector()
+    plain = gradients(model, x)
+    for keywords in ({"after": "a"}, {"edge": ("a", "act")}):
+        spliced = gs.insert_grl(model, **keywords)
+        assert torch.equal(spliced(x), model(x))
+        found = gradients(spliced, x)
+        assert torch.equal(found["a.weight"], -plain["a.weight"])
+        assert torch.equal(found["b.weight"], plain["b.weight"])
+
+
+def test_a_tensor_made_by_the_forward_moves_with_the_network_and_is_no_state():
+    model = Constants().double()
+    spliced = gs.insert_grl(model, after="fc")
+    assert list(spliced.state_dict()) == list(model.state_dict())
+    assert all(buffer.device.type == "meta" for buffer in copy.deepcopy(spliced).to("meta").buffers())
+    calls = float(model.calls)
+    spliced(vector().double())
+    assert float(spliced.calls) == calls + 1
+
+
+# --------------------------------------------------------------------------------------- forward's arguments
+
+
+def test_keyword_only_arguments_keep_their_places_and_numbers_stay_arguments():
+    model, x = KeywordOnly(), vector()
+    spliced = gs.insert_grl(model, after="fc")
+    assert torch.equal(spliced(x, shift=1.0), model(x, shift=1.0))
+    assert torch.equal(spliced(x, 3.0, shift=x), model(x, 3.0, shift=x))
+    with pytest.raises(TypeError, match="positional argument"):
+        spliced(x, 3.0, x)
+
+
+def test_an_argument_that_steers_the_forward_is_fixed_and_says_so():
+    model, x = KeywordOnly(), vector()
+    spliced = gs.insert_grl(model, after="fc")
+    spliced(x, shift=1.0, double=False, mask=None)
+    with pytest.raises(gs.TracingError, match="'double' steers what forward does, so surgery fixed it"):
+        spliced(x, shift=1.0, double=True)
+    with pytest.raises(gs.TracingError, match="'mask' .* got 'Tensor'"):
+        spliced(x, shift=1.0, mask=x)
+
+
+def test_an_optional_argument_that_the_example_inputs_fill_stays_an_argument():
+    model, x = KeywordOnly(), vector()
+    spliced = gs.insert_grl(model, after="fc", example_inputs={"x": x, "shift": 0.0, "mask": x})
+    assert torch.equal(spliced(x, shift=1.0, mask=x), model(x, shift=1.0, mask=x))
+
+
+# ------------------------------------------------------------------------------------------ what cannot be traced
+
+
+def test_where_the_root_does_not_trace_the_smallest_module_around_the_point_is_cut():
+    model, x = Untraceable(), image()
+    spliced = gs.insert_grl(model, after="body.stage1.0.conv")
+    assert type(spliced) is Untraceable
+    assert type(spliced.body) is Net
+    assert isinstance(spliced.body.stage1[0], torch.fx.GraphModule)
+    assert_same_gradients(gradients(spliced, x), reversed_at(model, "body.stage1.0.conv", x))
+    assert gs.verify_flip(spliced, model, x).ok
+    again = gs.insert_grl(spliced, after="body.stage1")
+    assert len(gs.reversals(again)) == 2
+    stripped = gs.strip(again)
+    assert type(stripped.body.stage1[0]) is Residual
+    assert list(stripped.state_dict()) == list(model.state_dict())
+
+
+def test_a_wrong_name_under_an_untraceable_root_is_still_a_wrong_name():
+    with pytest.raises(gs.PointNotFoundError, match=r"stage3"):
+        gs.insert_grl(Untraceable(), after="body.stage3")
+    with pytest.raises(gs.PointNotFoundError, match="nearest: body"):
+        gs.insert_grl(Untraceable(), after="bdy")
+
+
+def test_where_nothing_traces_the_error_says_what_stopped_it():
+    with pytest.raises(gs.TracingError, match="cannot be traced.*control flow"):
+        gs.insert_grl(Untraceable(), after="body")
+
+
+def test_a_forward_that_assigns_to_its_module_is_not_traced():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(6, 6)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls = self.calls + 1
+            return self.fc(x)
+
+    with pytest.raises(gs.TracingError, match=r"it assigns self.calls, and a graph would leave 'calls' as it is"):
+        gs.insert_grl(Counts(), after="fc")
+
+
+def test_a_forward_that_draws_in_python_is_not_frozen():
+    model = nn.Sequential(DrawsInPython(), nn.Linear(6, 2))
+    gs.insert_grl(model, after="0")
+    with pytest.raises(gs.TracingError, match="draws random numbers in Python"):
+        gs.insert_grl(model, after="0.fc")
+
+
+def test_hooks_that_tracing_would_lose_are_refused_by_name():
+    model = Net()
+    model.stage1[0].register_forward_hook(lambda *args: None)
+    with pytest.raises(gs.TracingError, match=r"'stage1.0' has forward hooks, which would be lost"):
+        gs.insert_grl(model, edge=("stem", "stage1.0.conv"))
+
+
+def test_hooks_inside_go_on_running():
+    model, x, seen = Net(), image(), []
+    model.stage1.register_forward_hook(lambda *args: seen.append("stage"))
+    model.stage1[0].register_forward_hook(lambda *args: seen.append("block"))
+    spliced = gs.insert_grl(model, after="stage1.0.conv")
+    spliced(x)
+    assert seen == ["block", "stage"]
+    assert gs.verify_flip(spliced, model, x).ok
+
+
+def test_hooks_on_the_root_go_on_running():
+    model, seen = Net(), []
+    model.register_forward_hook(lambda *args: seen.append("hook"))
+    gs.insert_grl(model, after="stage1.0.conv")(image())
+    assert seen == ["hook"]
+
+
+# ----------------------------------------------------------------------------------------------- bad calls
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({}, "exactly one of after, before and edge; got none"),
+        ({"after": "fc", "before": "fc"}, "got after and before"),
+        ({"after": []}, r"after=\[\] names no point"),
+        ({"after": 3}, "after=3 is no point.*got int"),
+        ({"after": nn.LSTM}, "there is no LSTM in this Net"),
+        ({"after": int}, "is no point"),
+        ({"after": "glob:stage9.*"}, "matches none of the"),
+        ({"after": lambda node: False}, "true for none of the"),
+        ({"after": "output"}, "nothing comes after the output"),
+        ({"before": "x"}, "nothing flows into 'x'"),
+        ({"edge": ("stem", "nowhere")}, "no point 'nowhere'"),
+        ({"edge": ("stem", "fc")}, r"'fc' does not use the value of 'stem'\n  nearest: mean -> fc"),
+        ({"edge": gs.Edge("mean", "fc", "7")}, "does not use the value of 'mean' as '7'"),
+        ({"edge": []}, "is not an edge"),
+        ({"after": "fc", "coeff": float("nan")}, "coeff is nan"),
+        ({"after": "fc", "coeff": -0.1}, "un-reverses"),
+    ],
+)
+def test_a_bad_call_says_what_is_wrong_and_what_would_be_right(keywords, message):
+    with pytest.raises(gs.SurgeryError, match=message):
+        gs.insert_grl(Net(), **keywords)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (3, "works on an nn.Module; got int"),
+        ("timm/resnet18", "got str"),
+        (nn.DataParallel(Net()), "wrapped in DataParallel"),
+        (torch.compile(Net()), "wrapped in OptimizedModule"),
+    ],
+    ids=["number", "string", "data parallel", "compiled"],
+)
+def test_what_is_no_plain_network_is_refused(model, message):
+    with pytest.raises(gs.SurgeryError, match=message):
+        gs.insert_grl(model, after="fc")
+
+
+# ---------------------------------------------------------------------------------- reading and taking out
+
+
+def test_reversals_are_listed_in_the_order_of_the_graph():
+    spliced = gs.insert_grl(Net(), after=["fc", "stage1", "stem"])
+    assert list(gs.reversals(spliced)) == ["grl_stem", "grl_stage1", "grl_fc"]
+
+
+def test_two_reversals_at_one_point_have_two_names_and_cancel():
+    model, x = Net(), image()
+    spliced = gs.insert_grl(gs.insert_grl(model, after="stage1"), after="stage1")
+    assert list(gs.reversals(spliced)) == ["grl_stage1_2", "grl_stage1"]
+    assert_same_gradients(gradients(spliced, x), gradients(model, x))
+
+
+def test_strip_gives_the_original_network_back():
+    model, x = Net(), image()
+    spliced = gs.insert_grl(model, after=["stem", "stage1.0.conv"])
+    stripped = gs.strip(spliced)
+    assert type(stripped) is Net
+    assert [type(module) for module in stripped.modules()] == [type(module) for module in model.modules()]
+    assert_same_gradients(gradients(stripped, x), gradients(model, x))
+    assert len(gs.reversals(spliced)) == 2
+
+
+def test_strip_can_take_out_one_of_two():
+    model, x = Net(), image()
+    spliced = gs.insert_grl(model, after=["stem", "stage1"])
+    assert_same_gradients(gradients(gs.strip(spliced, "grl_stem"), x), reversed_at(model, "stage1", x))
+
+
+def test_strip_refuses_what_is_not_there():
+    with pytest.raises(gs.SurgeryError, match="not spliced"):
+        gs.strip(Net())
+    with pytest.raises(gs.SurgeryError, match=r"no 'grl_stm' to strip\n  nearest: grl_stem"):
+        gs.strip(gs.insert_grl(Net(), after="stem"), "grl_stm")
+
+
+def test_a_new_coefficient_scales_the_gradient():
+    model, x = Net(), image()
+    spliced = gs.insert_grl(model, after="stage1")
+    gs.reversals(spliced)["grl_stage1"].set_coeff(0.25)
+    plain, found = gradients(model, x), gradients(spliced, x)
+    assert torch.equal(found["stem.weight"], -0.25 * plain["stem.weight"])
+
+
+def test_a_compiled_network_reverses_with_one_graph_while_the_coefficient_changes():
+    model, x = Net().eval(), image()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    spliced = gs.insert_grl(model, after="stage1.0.conv")
+    compiled = torch.compile(spliced, backend=counter, fullgraph=True)
+    plain = gradients(model, x)["stem.weight"]
+    for coeff in (0.5, 0.25, 2.0):
+        gs.reversals(spliced)["grl_stage1_0_conv"].set_coeff(coeff)
+        eager = gradients(spliced, x)["stem.weight"]
+        torch.testing.assert_close(gradients(compiled, x)["_orig_mod.stem.weight"], eager)
+    assert not torch.allclose(eager, plain)
+    assert counter.frame_count == 1
