@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import nn
@@ -78,8 +80,8 @@ def attach_domain_head(
         PointNotFoundError, AmbiguousPointError, TracingError: As for :func:`insert_grl`.
     """
     check_model(model, "attach_domain_head")
-    base, cuts = patient(model)
-    _check_name(base, name)
+    base, cuts, modules = patient(model)
+    _check_name(base, modules, name)
     inputs = known_inputs(base) if example_inputs is None else example_inputs
     points = _points(base, after, condition_on, inputs)
     if inputs is None:
@@ -87,7 +89,7 @@ def attach_domain_head(
             f"nothing says what inputs {type(base).__name__} takes, so the head cannot be sized",
             example="attach_domain_head(model, 'layer3', example_inputs=(torch.randn(2, 3, 224, 224),))",
         )
-    shape, *class_logits = shapes_at(base, cuts, points, inputs)
+    shape, *class_logits = shapes_at(base, cuts, modules, points, inputs)
     head = build_head(
         shape,
         num_domains,
@@ -108,8 +110,8 @@ def attach_domain_head(
     parameter = next(base.parameters(), None)
     if parameter is not None and parameter.is_floating_point():
         head.to(parameter.dtype)
-    base.add_module(name, on_same_device(head, base))
-    return splice(base, [*cuts, Cut("head", points[0], name, condition_on and points[1])])
+    modules[name] = on_same_device(head, base)
+    return splice(base, [*cuts, Cut("head", points[0], name, condition_on and points[1])], modules)
 
 
 def _points(base: nn.Module, after: Selector, condition_on: str | None, inputs: Any) -> list[str]:
@@ -123,12 +125,14 @@ def _points(base: nn.Module, after: Selector, condition_on: str | None, inputs: 
     return points + (select_points(base, condition_on, "condition_on", inputs) if condition_on else [])
 
 
-def _check_name(base: nn.Module, name: str) -> None:
+def _check_name(base: nn.Module, modules: Mapping[str, nn.Module], name: str) -> None:
     if not isinstance(name, str) or not name.isidentifier():
         raise SurgeryError(f"name={name!r} cannot be an attribute of a module", example="name='domain'")
-    if hasattr(base, name):
-        taken = next(f"{name}_{count}" for count in range(2, 1000) if not hasattr(base, f"{name}_{count}"))
-        raise SurgeryError(f"the network already has an attribute {name!r}", example=f"name={taken!r}")
+    numbered = (f"{name}_{count}" for count in itertools.count(2))
+    candidates = itertools.chain([name], numbered)
+    free = next(free for free in candidates if free not in modules and not hasattr(base, free))
+    if free != name:
+        raise SurgeryError(f"the network already has an attribute {name!r}", example=f"name={free!r}")
 
 
 def _prefix_tokens(base: nn.Module, shape: tuple[int, ...]) -> int:

@@ -284,7 +284,7 @@ def _load(
     seed: int = 0,
 ) -> LoadedModel:
     """The network, made from the same random numbers in every run, with the inputs asked for."""
-    size = _parse_size(input_size) if input_size else None
+    size = None if input_size is None else _parse_size(input_size)
     with _working("" if pretrained else f"Creating {source}"):  # a download draws its own progress
         import torch
 

@@ -36,8 +36,9 @@ def apply_cuts(
     """Trace a network as deep as the cuts need and make them, in order.
 
     Args:
-        model: The network; not changed. The modules that the cuts name need not exist yet.
-        cuts: What to splice in.
+        model: The network; not changed.
+        cuts: What to splice in. The network must not hold the modules that they name: a forward that calls
+            all children, as Sequential's does, would call them too.
         opened: Modules to trace through besides those that enclose a cut.
         given: Arguments of the root's forward that stay arguments though they have a default.
         lenient: Keep a module as one call where its forward cannot be traced.
@@ -65,7 +66,9 @@ def apply_cuts(
 
 def retrace(model: SplicedModule, opened: Collection[str]) -> Trace:
     """The graphs of a spliced network again, traced deeper where that is possible."""
-    return apply_cuts(model._original, model.cuts, opened=opened, lenient=True)
+    original, _ = model.taken_apart()
+    known = {path for path, _ in original.named_modules()}
+    return apply_cuts(original, model.cuts, opened=known & set(opened), lenient=True)
 
 
 def _cut(model: nn.Module, graph: fx.Graph, cut: Cut, names: Sequence[str]) -> int:
@@ -122,9 +125,7 @@ def _values(
             yield from _item_takers(node, items[len(held) :])
 
 
-def _item_takers(
-    node: fx.Node, items: tuple[Any, ...]
-) -> Iterator[tuple[fx.Node, tuple[Any, ...]]]:
+def _item_takers(node: fx.Node, items: tuple[Any, ...]) -> Iterator[tuple[fx.Node, tuple[Any, ...]]]:
     """Where nobody takes the whole value, those who take the item; otherwise the value and the item."""
     taken = [user for user in node.users if user.target is operator.getitem and user.args[0] is node]
     if len(items) == 1 and len(taken) == len(node.users):
@@ -187,7 +188,10 @@ def _inserting_after(graph: fx.Graph, node: fx.Node) -> AbstractContextManager[N
 
 
 def _attach(model: nn.Module, graph: fx.Graph, cut: Cut, names: Sequence[str]) -> int:
-    """Call a head on a value, and append its logits to what the network returns."""
+    """Call a head on a value, and append its logits to what the network returns.
+
+    It is called last, so that its dropout draws no random number that the network would have drawn.
+    """
     assert isinstance(cut.at, str)
     places = [cut.at, cut.condition] if cut.condition else [cut.at]
     values = [value for place in places for value in _values(model, graph, place, names)]
@@ -196,11 +200,10 @@ def _attach(model: nn.Module, graph: fx.Graph, cut: Cut, names: Sequence[str]) -
             f"the head {cut.module!r} cannot be called in every mode, because "
             f"{' and '.join(map(repr, places))} are not computed in train and in eval mode alike"
         )
-    inputs = [_for_head(model, graph, value, items, cut) for value, items in values]
-    order = {node: place for place, node in enumerate(graph.nodes)}
-    with _inserting_after(graph, max(inputs, key=order.__getitem__)):
-        logits = _call(graph, cut.module, *inputs)
+    inputs = [_for_head(model, graph, value, items) for value, items in values]
     output = next(iter(reversed(graph.nodes)))
+    with graph.inserting_before(output):
+        logits = _call(graph, cut.module, *inputs)
     heads = output.meta.get("heads", 0)
     returned: Any = output.args[0] if heads else (output.args[0],)
     output.args = ((*returned, logits),)
@@ -208,12 +211,12 @@ def _attach(model: nn.Module, graph: fx.Graph, cut: Cut, names: Sequence[str]) -
     return 1
 
 
-def _for_head(model: nn.Module, graph: fx.Graph, value: fx.Node, items: Sequence[Any], cut: Cut) -> fx.Node:
+def _for_head(model: nn.Module, graph: fx.Graph, value: fx.Node, items: Sequence[Any]) -> fx.Node:
     """The value for a head to read: a copy, where the network may overwrite it before the head has."""
     overwritten = any(_overwrites_first(model, user) for user in value.users)
     with _inserting_after(graph, value):
         node = _pick(graph, value, items)[-1]
-    if not (overwritten or cut.condition):
+    if not overwritten:
         return node
     with _inserting_after(graph, node):
         return graph.call_method("clone", (node,))
@@ -306,7 +309,7 @@ def _overwrites_first(model: nn.Module, node: fx.Node) -> bool:
     """Whether the node is known to change its first argument in place and to return it."""
     if not node.args:
         return False
-    if node.op == "call_module":
+    if node.op == "call_module" and not node.meta.get("spliced"):
         return getattr(model.get_submodule(str(node.target)), "inplace", False) is True
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
     in_place_operator = getattr(node.target, "__module__", "") == "_operator" and name in _IN_PLACE

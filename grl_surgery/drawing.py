@@ -297,7 +297,7 @@ def forward_diff(part: SplicedModule, name: str = "forward") -> str:
         >>> print(forward_diff(spliced).splitlines()[-3])
         +    grl_0 = self.grl_0(_0)
     """
-    original = part._original
+    original, _ = part.taken_apart()
     plain = apply_cuts(original, [], opened=modules_to_open(original, part.cuts))
     flags = tuple(original.get_submodule(path).training for path in plain.steering)
     before = plain.graphs.get(flags) or next(iter(plain.graphs.values()))

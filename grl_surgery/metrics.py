@@ -403,8 +403,7 @@ def _check_feature_sets(*sets: Tensor) -> list[Tensor]:
             f"features of shapes {shapes[0]} and {shapes[1]}: expected (N, C) and (M, C), N and M at least 4",
             example="proxy_a_distance(FeaturePool('nchw')(source), FeaturePool('nchw')(target))",
         )
-    # A clone, since what was made in inference mode cannot take part in what follows.
-    sets = tuple(features.detach().cpu().double().clone() for features in sets)
+    sets = tuple(features.detach().cpu().double() for features in sets)
     for name, features in zip(("source", "target"), sets, strict=True):
         if not features.isfinite().all():
             raise SurgeryError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -172,9 +172,13 @@ def _shapes(
 
 
 def shapes_at(
-    model: nn.Module, cuts: Sequence[Cut], points: Sequence[str], example_inputs: Any
+    model: nn.Module,
+    cuts: Sequence[Cut],
+    modules: Mapping[str, nn.Module],
+    points: Sequence[str],
+    example_inputs: Any,
 ) -> list[tuple[int, ...]]:
-    """Shapes of the values at some points of a network in which some cuts have been made already.
+    """Shapes of the values at some points of a network in which some cuts are made already.
 
     Raises:
         ShapeError: A value is no tensor, or the network cannot run on these inputs.
@@ -182,9 +186,9 @@ def shapes_at(
     """
     tree = share_copy(model)
     probes = [Cut("after", point, f"_probe_{place}") for place, point in enumerate(points)]
-    for probe in probes:
-        tree.add_module(probe.module, nn.Identity())
     traced = apply_cuts(tree, [*cuts, *probes])
+    tree._modules.update(modules)
+    tree._modules.update((probe.module, nn.Identity()) for probe in probes)
     graph = next(iter(traced.graphs.values()))
     shapes = _shapes(tree, graph, traced.constants, bind_inputs(graph, example_inputs))
     found = {node.target: shapes.get(node) for node in graph.nodes if node.op == "call_module"}

@@ -44,19 +44,19 @@ def with_reversals(model: nn.Module, reference: nn.Module, make: Callable[[], nn
     tree = share_copy(reference)
     for path, cuts in sorted(recipes(model).items(), key=lambda item: -len(item[0])):
         host = tree.get_submodule(path)
-        for cut in cuts:
-            spliced = model.get_submodule(path).get_submodule(cut.module)
-            host.add_module(cut.module, share_copy(spliced) if cut.kind == "head" else make())
-        graphs = SplicedModule(host, apply_cuts(host, cuts), cuts)
+        held = model.get_submodule(path)._modules
+        heads = {cut.module: share_copy(held[cut.module]) for cut in cuts if cut.kind == "head"}  # type: ignore[arg-type]
+        made = {cut.module: heads.get(cut.module) or make() for cut in cuts}
+        graphs = SplicedModule(host, apply_cuts(host, cuts), cuts, made)
         if path:
             parent, _, name = path.rpartition(".")
             tree.get_submodule(parent)._modules[name] = graphs
         else:
             tree = graphs
-    for module in list(tree.modules()):
-        for name, child in module._modules.items():
-            if isinstance(child, GradientReversal):
-                module._modules[name] = make()
+    for path, layer in model.named_modules():
+        if isinstance(layer, GradientReversal):
+            parent, _, name = path.rpartition(".")
+            tree.get_submodule(parent)._modules[name] = make()
     return tree
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -10,18 +10,22 @@ from torch import nn
 from grl_surgery.cutting import apply_cuts
 from grl_surgery.errors import PointNotFoundError, SurgeryError, TracingError
 from grl_surgery.points import Edge, enclosing, escape, near_names, split_items, split_number
+from grl_surgery.sharing import share_copy
 from grl_surgery.spliced_module import Cut, SplicedModule
 from grl_surgery.tracing import module_paths
 
 __all__ = ["splice_inside"]
 
 
-def splice_inside(base: nn.Module, cuts: Sequence[Cut], failure: TracingError) -> nn.Module:
+def splice_inside(
+    base: nn.Module, cuts: Sequence[Cut], modules: Mapping[str, nn.Module], failure: TracingError
+) -> nn.Module:
     """Replace modules inside ``base`` by their spliced graphs, each as small as the cuts allow.
 
     Args:
-        base: A tree of its own, holding the spliced modules as children of the root; it is changed.
+        base: A tree of its own; it is changed.
         cuts: What to splice in.
+        modules: The modules to splice in, by name.
         failure: Why the root cannot be traced.
 
     Returns:
@@ -45,7 +49,11 @@ def splice_inside(base: nn.Module, cuts: Sequence[Cut], failure: TracingError) -
         if outer is not None:
             hosts[outer] += hosts.pop(host)
     for host, inside in hosts.items():
-        _replace(base, host, inside)
+        parent, _, name = host.rpartition(".")
+        tree, all_cuts, held = _inside(base, host, inside)
+        held.update((cut.module, modules[cut.module]) for cut in inside)
+        spliced = SplicedModule(tree, apply_cuts(tree, all_cuts), all_cuts, held)
+        base.get_submodule(parent)._modules[name] = spliced
     return base
 
 
@@ -63,7 +71,8 @@ def _host(base: nn.Module, cut: Cut, failure: TracingError) -> str:
     reason: SurgeryError = failure
     for path in spliced[:1] or reversed(common):
         try:
-            _operate(base, path, [cut])
+            tree, all_cuts, _ = _inside(base, path, [cut])
+            apply_cuts(tree, all_cuts)
         except TracingError as error:
             reason = error
         except SurgeryError as error:
@@ -73,26 +82,20 @@ def _host(base: nn.Module, cut: Cut, failure: TracingError) -> str:
     raise TracingError(f"nothing around {cut.at!s} can be traced: {reason}") from reason
 
 
-def _operate(base: nn.Module, path: str, cuts: Sequence[Cut]) -> SplicedModule:
-    """The module at ``path`` with the cuts made in it."""
+def _inside(
+    base: nn.Module, path: str, cuts: Sequence[Cut]
+) -> tuple[nn.Module, list[Cut], dict[str, nn.Module]]:
+    """The module at ``path``, all cuts in it as it names them, and the modules that it holds for them."""
     prefix = f"{escape(path)}."
-    module = base.get_submodule(path)
-    before: tuple[Cut, ...] = ()
-    if isinstance(module, SplicedModule):
-        before, module = module.cuts, module._original
-    inside = [*before, *(replace(cut, at=_relative(cut.at, prefix)) for cut in cuts)]
-    return SplicedModule(module, apply_cuts(module, inside), inside)
+    here = [replace(cut, at=_relative(cut.at, prefix)) for cut in cuts]
+    host = base.get_submodule(path)
+    if not isinstance(host, SplicedModule):
+        return share_copy(host), here, {}
+    tree, held = host.taken_apart()
+    return tree, [*host.cuts, *here], held
 
 
 def _relative(at: str | Edge, prefix: str) -> str | Edge:
     if isinstance(at, Edge):
         return replace(at, source=at.source.removeprefix(prefix), target=at.target.removeprefix(prefix))
     return at.removeprefix(prefix)
-
-
-def _replace(base: nn.Module, path: str, cuts: Sequence[Cut]) -> None:
-    spliced = _operate(base, path, cuts)
-    for cut in cuts:
-        spliced.add_module(cut.module, base._modules.pop(cut.module))
-    parent, _, name = path.rpartition(".")
-    base.get_submodule(parent)._modules[name] = spliced

@@ -53,27 +53,33 @@ class SplicedModule(fx.GraphModule):
     what the original's ``train()`` does and surgery can be undone.
 
     Args:
-        original: The network that the graphs were traced from, holding the spliced modules as extra children.
+        original: The network that the graphs were traced from; it becomes part of the result.
         traced: Its graphs, edited.
         cuts: What was spliced in, in order.
+        modules: The spliced modules by name.
     """
 
     _graphs: dict[Flags, fx.Graph]
     _original: nn.Module
     cuts: tuple[Cut, ...]
 
-    def __init__(self, original: nn.Module, traced: Trace, cuts: Sequence[Cut]) -> None:
+    def __init__(
+        self, original: nn.Module, traced: Trace, cuts: Sequence[Cut], modules: Mapping[str, nn.Module]
+    ) -> None:
         super().__init__(nn.Module(), fx.Graph(), class_name=type(original).__name__)
         own = {*self.__dict__, "training"} - set(_SHARED)
         self.__dict__.update((key, value) for key, value in original.__dict__.items() if key not in own)
         self.__dict__["_original"] = original
         self.training = original.training
+        for name, module in modules.items():
+            self.add_module(name, module)
         for name, tensor in traced.constants.items():
             self.register_buffer(name, tensor, persistent=False)
         self.cuts = tuple(cuts)
         self._traced = replace(traced, constants=dict.fromkeys(traced.constants, torch.empty(0)))
         self._graphs = traced.graphs
-        self.graph = traced.graphs.get(self._flags()) or next(iter(traced.graphs.values()))
+        self._graph = next(iter(traced.graphs.values()))
+        self.recompile()
 
     # -- modes
 
@@ -81,8 +87,21 @@ class SplicedModule(fx.GraphModule):
         """Set the mode of every module as the original's own ``train`` does."""
         self._original.train(mode)
         self.training = self._original.training
-        self._graph = self._graphs.get(self._flags(), self._graph)
         return self
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph that runs in the present mode."""
+        graphs = self.__dict__.get("_graphs", {})
+        return graphs.get(self._flags(), self._graph) if graphs else self._graph
+
+    @graph.setter
+    def graph(self, graph: fx.Graph) -> None:
+        self._graph = graph
+        graph.owning_module = self
+        if "_graphs" in self.__dict__:  # GraphModule.__init__ comes before there is anything to write
+            self._graphs[self._flags()] = graph
+            self.recompile()
 
     def _flags(self) -> Flags:
         """The flags that decide which graph runs."""
@@ -90,13 +109,11 @@ class SplicedModule(fx.GraphModule):
 
     def recompile(self) -> Any:
         """Write the forward from the graph; with more than one, write each and choose by the mode."""
-        if "_graphs" not in self.__dict__:
-            return None  # called by GraphModule.__init__, before there is anything to write
+        self._graph = self.graph
         code = super().recompile()
         if not self._traced.steering:
             return code
         current, kind = self._graph, type(self)
-        self._graphs[self._flags()] = current
         variants = {}
         for flags, graph in self._graphs.items():
             self._graph = graph
@@ -124,15 +141,15 @@ class SplicedModule(fx.GraphModule):
         _, (original, *rest) = self.__reduce__()
         return _rebuild(share_copy(original), *rest)
 
-    def without(self, names: Sequence[str]) -> nn.Module:
-        """The original's tree over the same tensors, without the constants and the named spliced modules."""
+    def taken_apart(self) -> tuple[nn.Module, dict[str, nn.Module]]:
+        """The original's tree over the same tensors, and what was spliced in, by name: copies of both."""
         tree = share_copy(self._original)
-        for name in (*names, *self._traced.constants):
-            tree._modules.pop(name, None)
-            tree._buffers.pop(name, None)
+        for name in self._traced.constants:
+            del tree._buffers[name]
             tree._non_persistent_buffers_set.discard(name)
+        modules = {cut.module: tree._modules.pop(cut.module) for cut in self.cuts}
         tree.training = self.training
-        return tree
+        return tree, modules  # type: ignore[return-value]
 
 
 # The containers that the result and the original's tree hold in common.
@@ -159,7 +176,7 @@ def _rebuild(
     buffers = dict(original.named_buffers())
     constants = {name: buffers[name] for name in traced.constants}
     unpacked = {flags: unpack(packed) for flags, packed in graphs.items()}
-    module = SplicedModule(original, replace(traced, graphs=unpacked, constants=constants), cuts)
+    module = SplicedModule(original, replace(traced, graphs=unpacked, constants=constants), cuts, {})
     module.__dict__.update(attributes)
     return module
 

@@ -70,16 +70,16 @@ def insert_grl(
     keyword, selector = _only_one(after=after, before=before, edge=edge)
     layer = GradientReversal(coeff)
     check_model(model, "insert_grl")
-    base, cuts = patient(model)
+    base, cuts, modules = patient(model)
     if keyword == "edge":
         places: Sequence[str | Edge] = select_edges(base, selector)
     else:
         places = select_points(base, selector, keyword, example_inputs)
     for place in places:
-        name = _free_name(base, place)
-        base.add_module(name, on_same_device(GradientReversal(layer.coeff.clone()), base))
+        name = _free_name(base, modules, place)
+        modules[name] = on_same_device(GradientReversal(layer.coeff.clone()), base)
         cuts.append(Cut(keyword, place, name))  # type: ignore[arg-type]
-    return splice(base, cuts, _given(base, example_inputs))
+    return splice(base, cuts, modules, _given(base, example_inputs))
 
 
 def _only_one(**selectors: Any) -> tuple[str, Any]:
@@ -115,13 +115,12 @@ def check_model(model: Any, verb: str) -> None:
         raise SurgeryError(f"{verb} cannot cut a scripted network: pass the nn.Module that it was made from")
 
 
-def patient(model: nn.Module) -> tuple[nn.Module, list[Cut]]:
+def patient(model: nn.Module) -> tuple[nn.Module, list[Cut], dict[str, nn.Module]]:
     """A tree to operate on, over the same tensors, and what was spliced into it before."""
     if isinstance(model, SplicedModule):
-        base = share_copy(model._original)
-        base.training = model.training
-        return base, list(model.cuts)
-    return share_copy(model), []
+        tree, modules = model.taken_apart()
+        return tree, list(model.cuts), modules
+    return share_copy(model), [], {}
 
 
 def on_same_device(layer: nn.Module, model: nn.Module) -> nn.Module:
@@ -131,11 +130,12 @@ def on_same_device(layer: nn.Module, model: nn.Module) -> nn.Module:
     return layer.to(device).train(model.training)
 
 
-def _free_name(model: nn.Module, place: str | Edge) -> str:
+def _free_name(model: nn.Module, modules: Mapping[str, nn.Module], place: str | Edge) -> str:
     """An attribute for a reversal that says where it is: ``grl_layer3_0_conv1``."""
     name = "grl_" + re.sub(r"\W+", "_", place.target if isinstance(place, Edge) else place).strip("_")
     numbered = (f"{name}_{count}" for count in itertools.count(2))
-    return next(free for free in itertools.chain([name], numbered) if not hasattr(model, free))
+    candidates = itertools.chain([name], numbered)
+    return next(free for free in candidates if free not in modules and not hasattr(model, free))
 
 
 def _given(model: nn.Module, example_inputs: Any) -> list[str]:
@@ -148,12 +148,14 @@ def _given(model: nn.Module, example_inputs: Any) -> list[str]:
     return list(inspect.signature(model.forward).parameters)[:count]
 
 
-def splice(base: nn.Module, cuts: Sequence[Cut], given: Sequence[str] = ()) -> nn.Module:
+def splice(
+    base: nn.Module, cuts: Sequence[Cut], modules: Mapping[str, nn.Module], given: Sequence[str] = ()
+) -> nn.Module:
     """The spliced network: as one graph if the root can be traced, else within the smallest modules."""
     try:
-        return SplicedModule(base, apply_cuts(base, cuts, given=given), cuts)
+        return SplicedModule(base, apply_cuts(base, cuts, given=given), cuts, modules)
     except TracingError as error:
-        return splice_inside(base, cuts, error)
+        return splice_inside(base, cuts, modules, error)
 
 
 # ------------------------------------------------------------------------------------------ reading, undoing
@@ -231,10 +233,10 @@ def _spliced_names(model: nn.Module) -> list[str]:
 
 def _strip(model: nn.Module, prefix: str, names: Sequence[str]) -> nn.Module:
     if isinstance(model, SplicedModule):
-        gone = [cut.module for cut in model.cuts if prefix + cut.module in names]
-        rest = [cut for cut in model.cuts if cut.module not in gone]
-        tree = model.without(gone)
-        return SplicedModule(tree, apply_cuts(tree, rest), rest) if rest else tree
+        tree, modules = model.taken_apart()
+        rest = [cut for cut in model.cuts if prefix + cut.module not in names]
+        kept = {cut.module: modules[cut.module] for cut in rest}
+        return SplicedModule(tree, apply_cuts(tree, rest), rest, kept) if rest else tree
     tree = share_copy(model)
     for path, module in list(tree.named_modules()):
         if isinstance(module, SplicedModule) and path:

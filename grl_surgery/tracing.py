@@ -9,9 +9,10 @@ import os
 import random
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from types import FrameType
+from types import FrameType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -149,6 +150,9 @@ class _Stopped(Exception):
         self.path = path
 
 
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_MACHINERY = (f"{_TORCH}fx", __file__)
+
 # torch.fx patches torch.nn.Module while it traces, so two traces at a time would see each other.
 _ONE_AT_A_TIME = threading.RLock()
 
@@ -160,17 +164,40 @@ def _trace_once(
     constants: dict[str, torch.Tensor],
     mode: bool | None = None,
     numbers_fixed: bool = False,
+    whole: tuple[FunctionType, ...] = (),
 ) -> tuple[fx.Graph, set[str]]:
-    """One trace with the flags as they are, or all set to ``mode``; and whose flags the forwards read."""
+    """One trace with the flags as they are, or all set to ``mode``; and whose flags the forwards read.
+
+    Where a number among the arguments steers the forward, it is traced again with all of them fixed; where a
+    function that a forward calls cannot be traced, again with that function as one operation.
+    """
     with _ONE_AT_A_TIME, random_state_kept() as moved:
-        tracer = _Tracer(model, opened, given, constants, numbers_fixed, moved)
+        tracer = _Tracer(model, opened, given, constants, numbers_fixed, whole, moved)
         try:
             return tracer.trace(_trace_copy(model, opened, mode)), tracer.steering
         except Exception as error:  # user code runs in here: anything can come out of it
-            steered = isinstance(error, fx.proxy.TraceError) and tracer.has_numbers and not numbers_fixed
-            if not steered:
+            function = _function_that_failed(error)
+            if isinstance(error, fx.proxy.TraceError) and tracer.has_numbers and not numbers_fixed:
+                numbers_fixed = True
+            elif function is not None and function not in whole:
+                whole = (*whole, function)
+            else:
                 raise tracer.stopped(error) from error
-    return _trace_once(model, opened, given, constants, mode, numbers_fixed=True)
+    return _trace_once(model, opened, given, constants, mode, numbers_fixed, whole)
+
+
+def _function_that_failed(error: Exception) -> FunctionType | None:
+    """The function, called by the innermost forward, in which tracing came to an end; None if none was."""
+    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        code = frame.f_code
+        if code is _Tracer.call_module.__code__:
+            return None
+        function = frame.f_globals.get(code.co_name)
+        if code.co_filename.startswith(_TORCH) or not isinstance(function, FunctionType):
+            continue
+        if inspect.unwrap(function).__code__ is code:
+            return function
+    return None
 
 
 def _trace_copy(model: nn.Module, opened: frozenset[str], mode: bool | None) -> nn.Module:
@@ -283,9 +310,10 @@ class _Tracer(fx.Tracer):
         given: Collection[str],
         constants: dict[str, torch.Tensor],
         numbers_fixed: bool,
+        whole: tuple[FunctionType, ...],
         moved: Callable[[], bool],
     ) -> None:
-        super().__init__()
+        super().__init__(autowrap_functions=whole)
         self.model, self.opened, self.given, self.constants = model, opened, given, constants
         self.numbers_fixed, self.moved = numbers_fixed, moved
         self.steering: set[str] = set()
@@ -503,9 +531,6 @@ def _refuse_assignment(module: nn.Module, path: str) -> None:
             if isinstance(value, fx.Proxy):
                 where = f"{path}.{name}" if path else name
                 raise RuntimeError(f"it assigns self.{name}, and a graph would leave {where!r} as it is")
-
-
-_MACHINERY = (os.path.dirname(torch.__file__) + os.sep + "fx", __file__)
 
 
 def _line_of_forward() -> tuple[str, int]:

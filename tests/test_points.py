@@ -69,7 +69,9 @@ def test_patterns_match_whole_names_with_or_without_their_numbers(pattern, match
     assert [name for name in matching + other if points.matches(expression, name)] == matching
 
 
-@given(st.text(alphabet="ab*?.", min_size=1, max_size=6), st.lists(st.sampled_from("ab"), min_size=1, max_size=4))
+@given(
+    st.text(alphabet="ab*?.", min_size=1, max_size=6), st.lists(st.sampled_from("ab"), min_size=1, max_size=4)
+)
 def test_whatever_a_glob_matches_lies_in_modules_that_get_opened(glob, parts):
     name = ".".join(parts)
     if re.fullmatch(points.pattern(f"glob:{glob}"), name):

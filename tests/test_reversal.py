@@ -197,6 +197,13 @@ def test_forward_mode_directly_on_a_leaf_scales_the_tangent() -> None:
         assert forward_ad.unpack_dual(out).tangent.tolist() == [-0.5, -0.5]
 
 
+@forward_mode
+def test_a_tangent_keeps_its_dtype_under_a_coefficient_per_sample() -> None:
+    x = torch.ones(2, 3, dtype=torch.bfloat16)
+    _, tangent = torch.func.jvp(lambda x: reverse_gradient(x, torch.full((2,), 0.5)), (x,), (x,))
+    assert tangent.dtype == torch.bfloat16
+
+
 def test_a_gradient_that_nobody_asks_for_is_not_computed() -> None:
     x = torch.ones(2, requires_grad=True)
     unused = reverse_gradient(x * 1)

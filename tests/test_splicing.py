@@ -131,7 +131,9 @@ def test_the_two_arguments_of_a_sum_with_itself_are_told_apart_by_the_edge():
             return x + x
 
     model, x = Doubled(), vector()
-    with pytest.raises(gs.AmbiguousPointError, match=r"'add' uses 'fc' 2 times.*\n.*Edge\('fc', 'add', '0'\)"):
+    with pytest.raises(
+        gs.AmbiguousPointError, match=r"'add' uses 'fc' 2 times.*\n.*Edge\('fc', 'add', '0'\)"
+    ):
         gs.insert_grl(model, edge=("fc", "add"))
     edge = next(edge for edge in gs.graph(model).edges if edge.target == "add" and edge.arg == "1")
     assert all(not gradient.any() for gradient in gradients(gs.insert_grl(model, edge=edge), x).values())
@@ -151,7 +153,18 @@ def test_the_two_arguments_of_a_sum_with_itself_are_told_apart_by_the_edge():
         (lambda node: node.type == "add", 4),
         (["stem", "glob:stage1.*", Residual], 5),
     ],
-    ids=["list", "twice", "children", "operations", "deep", "regex", "class", "torch class", "predicate", "mixed"],
+    ids=[
+        "list",
+        "twice",
+        "children",
+        "operations",
+        "deep",
+        "regex",
+        "class",
+        "torch class",
+        "predicate",
+        "mixed",
+    ],
 )
 def test_points_are_selected_by_lists_patterns_classes_and_predicates(selector, count):
     model, x = Net().eval(), image()
@@ -232,7 +245,9 @@ def test_repeated_calls_are_numbered_and_the_bare_name_lists_them():
     plain, found = gradients(model, x), gradients(gs.insert_grl(model, after="act#2"), x)
     assert torch.equal(found["second.weight"], -plain["second.weight"])
     assert torch.equal(found["third.weight"], plain["third.weight"])
-    assert torch.equal(gradients(gs.insert_grl(model, after="relu_1"), x)["third.weight"], -plain["third.weight"])
+    assert torch.equal(
+        gradients(gs.insert_grl(model, after="relu_1"), x)["third.weight"], -plain["third.weight"]
+    )
 
 
 def test_a_module_shared_under_two_names_is_one_module_called_twice():
@@ -467,7 +482,9 @@ def test_a_forward_that_assigns_to_its_module_is_not_traced():
             self.calls = self.calls + 1
             return self.fc(x)
 
-    with pytest.raises(gs.TracingError, match=r"it assigns self.calls, and a graph would leave 'calls' as it is"):
+    with pytest.raises(
+        gs.TracingError, match=r"it assigns self.calls, and a graph would leave 'calls' as it is"
+    ):
         gs.insert_grl(Counts(), after="fc")
 
 

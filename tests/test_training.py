@@ -708,9 +708,15 @@ def test_the_distance_is_measured_on_features_that_were_not_trained_on() -> None
     assert abs(sum(distances) / 20) < 0.4
 
 
-def test_unequal_numbers_do_not_make_alike_domains_distant() -> None:
-    distance = proxy_a_distance(torch.randn(3000, 4), torch.randn(300, 4))
-    assert abs(distance) < 0.3
+def test_unequal_numbers_do_not_change_the_distance() -> None:
+    one, other = torch.randn(6000, 3), torch.randn(600, 3) + torch.tensor([1.0, 0.0, 0.0])
+    assert proxy_a_distance(one, other) == pytest.approx(2.0 - 4.0 * normal_cdf(-0.5), abs=0.15)
+
+
+def test_the_error_is_the_mean_of_both_domains_errors() -> None:
+    # Half of the few target samples lie where all of the source does: error 0 and 1/2, in the mean 1/4.
+    source, target = torch.zeros(3000, 1), 10.0 * (torch.arange(300) % 2).float()[:, None]
+    assert proxy_a_distance(source, target) == pytest.approx(1.0, abs=0.15)
 
 
 def test_the_distance_does_not_depend_on_scale_offset_or_a_constant_feature() -> None:
@@ -735,7 +741,7 @@ def test_the_distance_can_be_measured_in_any_mode(context: Callable[[], Any]) ->
     with context():
         one, other = torch.randn(50, 3).double(), torch.randn(50, 3).double() + 10.0
         assert proxy_a_distance(one, other) == 2.0
-    one.clone().requires_grad_()
+    assert proxy_a_distance(one, other) == 2.0
 
 
 @pytest.mark.parametrize(
