@@ -335,8 +335,8 @@ class _Reversal(torch.autograd.Function):
         return _scaled(ctx, grads[0]), None, None
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
-        return None if tangents[0] is None else _scaled(ctx, tangents[0])
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        return _scaled(ctx, tangents[0])
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:

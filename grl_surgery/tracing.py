@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import math
 import os
 import random
 import sys
@@ -298,6 +299,27 @@ _NUMBERS = (int, float, complex)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+class _Stored(fx.Proxy):
+    """A parameter or a buffer: its shape is known, and forwards do look at it."""
+
+    shape: torch.Size
+
+    def __init__(self, node: fx.Node, tracer: fx.Tracer, tensor: torch.Tensor) -> None:
+        super().__init__(node, tracer)
+        self.__dict__.update(shape=tensor.shape, ndim=tensor.ndim, dtype=tensor.dtype)
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    nelement = numel
+
+
 class _Tracer(fx.Tracer):
     """Traces the opened modules only, and writes down for each node where it came from."""
 
@@ -403,7 +425,7 @@ class _Tracer(fx.Tracer):
         if name is None:
             return super().getattr(attr, attr_val, parameter_proxy_cache)
         if name not in parameter_proxy_cache:
-            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+            parameter_proxy_cache[name] = _Stored(self.create_node("get_attr", name, (), {}), self, attr_val)
         return parameter_proxy_cache[name]
 
     def create_arg(self, a: Any) -> Any:
