@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import warnings
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from grl_surgery.errors import SurgeryError
 from grl_surgery.heads import Condition, DomainHead, Norm, build_head
 from grl_surgery.inputs import example_inputs as known_inputs
-from grl_surgery.model_graph import shapes_at
+from grl_surgery.model_graph import check_runs, shapes_at
 from grl_surgery.pooling import Pool
 from grl_surgery.selection import Selector, select_points
 from grl_surgery.spliced_module import Cut
 from grl_surgery.splicing import check_model, on_same_device, patient, splice
+from grl_surgery.tracing import random_state_kept
 
 __all__ = ["attach_domain_head"]
 
@@ -90,26 +94,28 @@ def attach_domain_head(
             example="attach_domain_head(model, 'layer3', example_inputs=(torch.randn(2, 3, 224, 224),))",
         )
     shape, *class_logits = shapes_at(base, cuts, modules, points, inputs)
-    head = build_head(
-        shape,
-        num_domains,
-        classifier=classifier,
-        pool=pool,
-        num_features=getattr(base, "num_features", None),
-        num_prefix_tokens=_prefix_tokens(base, shape),
-        num_classes=_num_classes(condition_on, class_logits),
-        condition=condition,
-        hidden=hidden,
-        depth=depth,
-        norm=norm,
-        dropout=dropout,
-        binary=binary,
-        coeff=coeff,
-    )
+    with _draws_of_its_own(name):
+        head = build_head(
+            shape,
+            num_domains,
+            classifier=classifier,
+            pool=pool,
+            num_features=getattr(base, "num_features", None),
+            num_prefix_tokens=_prefix_tokens(base, shape) if pool in ("auto", "nlc") else 0,
+            num_classes=_num_classes(condition_on, class_logits),
+            condition=condition,
+            hidden=hidden,
+            depth=depth,
+            norm=norm,
+            dropout=dropout,
+            binary=binary,
+            coeff=coeff,
+        )
     _say_what_was_assumed(head, points[0])
     parameter = next(base.parameters(), None)
     if parameter is not None and parameter.is_floating_point():
         head.to(parameter.dtype)
+    check_runs(head, [shape, *class_logits])
     modules[name] = on_same_device(head, base)
     return splice(base, [*cuts, Cut("head", points[0], name, condition_on and points[1])], modules)
 
@@ -135,10 +141,19 @@ def _check_name(base: nn.Module, modules: Mapping[str, nn.Module], name: str) ->
         raise SurgeryError(f"the network already has an attribute {name!r}", example=f"name={free!r}")
 
 
+@contextlib.contextmanager
+def _draws_of_its_own(name: str) -> Iterator[None]:
+    """New weights follow the seed, differ between heads, and leave the generators as they were."""
+    with random_state_kept():
+        torch.manual_seed(torch.initial_seed() + int(torch.randint(2**31, ())) + zlib.crc32(name.encode()))
+        yield
+
+
 def _prefix_tokens(base: nn.Module, shape: tuple[int, ...]) -> int:
     """Class and register tokens in front of the patch tokens, as timm counts them."""
     count = getattr(base, "num_prefix_tokens", 0)
-    return count if isinstance(count, int) and len(shape) == 3 and 0 < count < shape[1] else 0
+    patches = getattr(getattr(base, "patch_embed", None), "num_patches", None)
+    return count if len(shape) == 3 and patches is not None and shape[1] == patches + count else 0
 
 
 def _num_classes(condition_on: str | None, shapes: list[tuple[int, ...]]) -> int | None:

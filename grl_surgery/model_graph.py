@@ -201,6 +201,25 @@ def shapes_at(
     return [found[probe.module] or () for probe in probes]
 
 
+def check_runs(module: nn.Module, shapes: Sequence[tuple[int, ...]]) -> None:
+    """Run a module on inputs of these shapes that hold no data, for the checks in its forward.
+
+    Raises:
+        SurgeryError: Whatever the module's own checks raise, or that it cannot run.
+    """
+    with FakeTensorMode() as mode, torch.no_grad():
+        parameter = next(module.parameters(), torch.empty(0))
+        inputs = [torch.empty(shape, dtype=parameter.dtype) for shape in shapes]
+        try:
+            _without_data(module, mode)(*inputs)
+        except SurgeryError:
+            raise
+        except Exception as error:
+            raise ShapeError(
+                f"{type(module).__name__} cannot run on {' and '.join(map(str, shapes))}: {error}"
+            ) from error
+
+
 def _without_data(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     """The model's tree with tensors that have shapes only."""
     tree = share_copy(model)

@@ -120,7 +120,7 @@ class SplicedModule(fx.GraphModule):
             super().recompile()
             variants[flags] = kind.forward
         self._graph = current
-        kind._variants = variants  # type: ignore[attr-defined]
+        kind._variants = variants
         kind.forward = _forward_by_mode  # type: ignore[method-assign]
         return code
 

@@ -72,7 +72,7 @@ def test_the_domain_loss_reaches_the_backbone_as_the_exact_negative():
 def test_the_head_is_sized_from_the_feature_and_every_objective_is_proved(name, point, layout):
     size = {"img_size": 64, "window_size": 4} if name.startswith("swin") else {}
     model = timm.create_model(name, **size)
-    m = gs.attach_domain_head(model, after=point, hidden=8)
+    m = gs.attach_domain_head(model, after=point, hidden=32, dropout=0.0)
     assert m.domain.layout.name == layout
     for mode in ("train", "eval"):
         report = gs.verify_flip(m, model, mode=mode)
@@ -224,3 +224,22 @@ def test_without_inputs_the_head_cannot_be_sized():
 def test_an_untraceable_root_has_no_output_for_a_head():
     with pytest.raises(gs.TracingError, match=r"the forward of the root \(Untraceable\) cannot be traced"):
         attach(Untraceable(), "body.stage1", example_inputs=image())
+
+
+def test_the_weights_of_a_head_follow_the_seed_and_leave_the_generators_alone():
+    model = Net()
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    first = attach(model, "mean").domain.classifier.state_dict()
+    assert torch.equal(torch.random.get_rng_state(), before)
+    again = attach(model, "mean").domain.classifier.state_dict()
+    other = attach(model, "mean", name="other").other.classifier.state_dict()
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not any(torch.equal(first[key], other[key]) for key in first)
+
+
+def test_a_classifier_with_the_wrong_number_of_logits_is_refused_before_it_is_attached():
+    with pytest.raises(gs.ShapeError, match=r"logits of shape \(2, 5\), but this head needs \(2, 2\)"):
+        attach(Net(), "mean", classifier=nn.Linear(4, 5))
+    with pytest.raises(gs.ShapeError, match="cannot run on"):
+        attach(Net(), "mean", classifier=nn.Linear(7, 2))

@@ -290,6 +290,13 @@ def test_find_lists_matches_at_any_depth(command: Command, networks: str) -> Non
     assert found("linear") == ["first", "blocks.0.fc", "blocks.1.fc", "last"]
 
 
+def test_an_edge_of_what_was_found_is_listed_once_under_its_deepest_names(
+    command: Command, networks: str
+) -> None:
+    done = command("graph", f"{networks}:net", "--find", "middle", "--edges")
+    assert done.out.splitlines() == ["blocks.1.add -> middle", "middle -> last"]
+
+
 def test_find_that_matches_nothing_is_refused_with_near_names(command: Command, networks: str) -> None:
     done = command("graph", f"{networks}:net", "--find", "middel")
     assert (done.code, done.out) == (2, "")
@@ -601,6 +608,13 @@ def test_a_process_prints_plain_text_and_exits_with_the_code(networks: str) -> N
     refused = _process("verify", f"{networks}:net", "--after", "frist")
     assert refused.returncode == 2
     assert "Traceback" not in refused.stderr
+
+
+def test_what_takes_time_is_said_on_a_terminal_only(
+    command: Command, networks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert command("graph", f"{networks}:net").err == "printed by the file\n"
 
 
 def test_a_pipe_that_is_closed_ends_it_quietly(networks: str) -> None:

@@ -155,20 +155,48 @@ def test_each_sample_has_its_own_coefficient() -> None:
     assert torch.equal(grad, -coeff[:, None, None].expand(3, 2, 4))
 
 
-@pytest.mark.parametrize("in_dims", [(0, 0), (1, 0), (None, 0), (0, None)])
-def test_vmap_maps_input_and_coefficient_alike(in_dims: tuple[int | None, int | None]) -> None:
+def unmapped(value: Tensor, dim: int | None) -> list[Tensor]:
+    return [value] * 3 if dim is None else list(value.unbind(dim))
+
+
+def reversed_square(x: Tensor, coeff: Tensor) -> Tensor:
+    """The gradient of r(x)**2 by calculus."""
+    return -2 * x * coeff.reshape(-1, *[1] * (x.dim() - 1)) if coeff.dim() else -2 * x * coeff
+
+
+IN_DIMS = [(0, 0), (1, 0), (None, 0), (0, None)]
+
+
+@pytest.mark.parametrize("in_dims", IN_DIMS)
+def test_a_mapped_gradient_maps_input_and_coefficient_alike(in_dims: tuple[int | None, int | None]) -> None:
     x, coeff = torch.randn(3, 3, 3), torch.tensor([0.0, 0.5, 2.0])
-
-    def rule(x: Tensor, coeff: Tensor) -> Tensor:
-        return torch.func.grad(lambda x: reverse_gradient(x * 1, coeff).square().sum())(x)
-
-    def unmapped(value: Tensor, dim: int | None) -> list[Tensor]:
-        return [value] * 3 if dim is None else list(value.unbind(dim))
-
+    rule = torch.func.grad(lambda x, coeff: reverse_gradient(x * 1, coeff).square().sum())
     mapped = torch.func.vmap(rule, in_dims=in_dims)(x, coeff)
     for one, a, c in zip(mapped, unmapped(x, in_dims[0]), unmapped(coeff, in_dims[1]), strict=True):
-        factor = -c.reshape(-1, *[1] * (a.dim() - 1)) if c.dim() else -c
-        assert torch.equal(one, 2 * a * factor)
+        assert torch.equal(one, reversed_square(a, c))
+
+
+@pytest.mark.parametrize(
+    "reverse",
+    [
+        reverse_gradient,
+        lambda x, coeff: torch.ops.grl_surgery.reverse_gradient(x, coeff[:, None] if coeff.dim() else coeff),
+    ],
+    ids=["function", "operator"],
+)
+@pytest.mark.parametrize("in_dims", IN_DIMS)
+def test_the_gradient_of_a_map_maps_input_and_coefficient_alike(
+    in_dims: tuple[int | None, int | None], reverse: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    coeff = torch.tensor([0.0, 0.5, 2.0])
+    x = torch.randn(3, 3, 3) if in_dims[0] is not None else torch.randn(3, 3)
+    mapped = torch.func.vmap(reverse, in_dims=in_dims)
+    measured = gradient(lambda x: mapped(x * 1, coeff).square(), x)
+    expected = list(map(reversed_square, unmapped(x, in_dims[0]), unmapped(coeff, in_dims[1])))
+    if in_dims[0] is None:
+        torch.testing.assert_close(measured, sum(expected))
+    else:
+        assert torch.equal(measured, torch.stack(expected, in_dims[0]))
 
 
 def test_nested_vmap_maps_a_coefficient_per_sample_of_each_batch() -> None:
