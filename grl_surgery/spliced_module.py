@@ -120,8 +120,8 @@ class SplicedModule(fx.GraphModule):
             super().recompile()
             variants[flags] = kind.forward
         self._graph = current
-        kind._variants = variants
-        kind.forward = _forward_by_mode  # type: ignore[method-assign]
+        kind._variants = variants  # type: ignore[attr-defined]
+        kind.forward = _forward_by_mode
         return code
 
     # -- copies
