@@ -138,7 +138,8 @@ class FlipReport:
 
         console = Console(file=io.StringIO(), width=100, color_system=None, legacy_windows=False)
         console.print(self)
-        return console.file.getvalue().rstrip("\n")  # type: ignore[attr-defined, no-any-return]
+        text: str = console.file.getvalue()  # type: ignore[attr-defined]
+        return "\n".join(line.rstrip() for line in text.rstrip("\n").split("\n"))
 
     def __rich_console__(self, console: Any, options: Any) -> Any:
         from rich.markup import escape

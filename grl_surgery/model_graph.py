@@ -43,6 +43,12 @@ class ModelGraph:
     def __len__(self) -> int:
         return len(self.nodes)
 
+    def __str__(self) -> str:
+        rows = [("point", "type", "output", "parameters"), *(_row(node) for node in self.nodes)]
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        lines = ("  ".join([*map(str.ljust, row, widths), row[3]]).rstrip() for row in rows)
+        return "\n".join(lines)
+
     def to_json(self) -> str:
         """The graph as JSON: ``{"name", "nodes", "edges"}``."""
         return json.dumps(asdict(self), indent=1)
@@ -52,6 +58,11 @@ class ModelGraph:
         nodes = tuple(n for n in self.nodes if n.name == path or n.name.startswith(f"{path}."))
         names = {node.name for node in nodes}
         return ModelGraph(self.name, nodes, tuple(e for e in self.edges if {e.source, e.target} & names))
+
+
+def _row(node: GraphNode) -> tuple[str, str, str, str]:
+    shape = "" if node.shape is None else "x".join(map(str, node.shape)) or "0-d"
+    return node.name, node.type, shape, f"{node.parameters:,}" if node.parameters else ""
 
 
 def describe(model: nn.Module, depth: int | None = 1, example_inputs: Any = None) -> ModelGraph:
@@ -161,7 +172,10 @@ def _shapes(
     """Output shapes of as many nodes as can be run on tensors without data."""
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        tree = _without_data(model, mode)
+        try:
+            tree = _without_data(model, mode)
+        except ValueError:  # a lazy module has no shapes yet
+            return {}
         for name, tensor in constants.items():
             tree.register_buffer(name, mode.from_tensor(tensor))
         recorder = _ShapeRecorder(tree, graph=graph)

@@ -1,4 +1,4 @@
-"""insert_grl, reversals and strip, against an oracle of eager hooks that knows neither torch.fx nor this library."""
+"""insert_grl, reversals and strip, against eager hooks that know neither torch.fx nor this library."""
 
 from __future__ import annotations
 
@@ -431,7 +431,7 @@ def test_an_argument_that_steers_the_forward_is_fixed_and_says_so():
     spliced(x, shift=1.0, double=False, mask=None)
     with pytest.raises(gs.TracingError, match="'double' steers what forward does, so surgery fixed it"):
         spliced(x, shift=1.0, double=True)
-    with pytest.raises(gs.TracingError, match="'mask' .* got 'Tensor'"):
+    with pytest.raises(gs.TracingError, match=r"'mask' .* got 'Tensor'"):
         spliced(x, shift=1.0, mask=x)
 
 
@@ -441,7 +441,7 @@ def test_an_optional_argument_that_the_example_inputs_fill_stays_an_argument():
     assert torch.equal(spliced(x, shift=1.0, mask=x), model(x, shift=1.0, mask=x))
 
 
-# ------------------------------------------------------------------------------------------ what cannot be traced
+# ------------------------------------------------------------------------------ what cannot be traced
 
 
 def test_where_the_root_does_not_trace_the_smallest_module_around_the_point_is_cut():
@@ -467,7 +467,7 @@ def test_a_wrong_name_under_an_untraceable_root_is_still_a_wrong_name():
 
 
 def test_where_nothing_traces_the_error_says_what_stopped_it():
-    with pytest.raises(gs.TracingError, match="cannot be traced.*control flow"):
+    with pytest.raises(gs.TracingError, match=r"cannot be traced.*control flow"):
         gs.insert_grl(Untraceable(), after="body")
 
 

@@ -192,7 +192,7 @@ def test_one_forward_and_one_backward_of_each_network_are_all_it_takes():
 
 
 def test_the_reference_must_be_the_same_network():
-    with pytest.raises(gs.SurgeryError, match="another network: the model has no parameter 'body.weight'"):
+    with pytest.raises(gs.SurgeryError, match=r"another network: the model has no parameter 'body.weight'"):
         gs.verify_flip(gs.insert_grl(Net(), after="stem"), Modes(), image())
 
 
@@ -230,7 +230,7 @@ def test_failures_come_first_and_are_named():
     report = report_of(3, parameters=(*report_of(3).parameters, bad))
     assert str(report).startswith("FAILED")
     assert report.notable()[0] is bad
-    with pytest.raises(gs.FlipError, match="parameter fc.weight: its gradient is not reversed"):
+    with pytest.raises(gs.FlipError, match=r"parameter fc.weight: its gradient is not reversed"):
         report.raise_if_failed()
 
 
