@@ -18,8 +18,8 @@ from torch.nn import functional as F
 __all__ = ["Domains", "Examples", "Stream", "load_domains"]
 
 SIZE = 28
-PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "immunohistochemistry", "china.jpg", "flower.jpg")
-TEXTURES = ("brick", "grass", "gravel", "moon", "cell")
+PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "china.jpg", "flower.jpg")
+OTHERS = ("immunohistochemistry", "retina", "hubble_deep_field", "brick", "grass", "gravel")
 
 
 class Examples(NamedTuple):
@@ -97,7 +97,7 @@ class Stream:
 def load_domains(
     data: Literal["digits", "mnist"] = "digits",
     *,
-    backgrounds: Literal["photographs", "textures"] = "photographs",
+    backgrounds: Literal["photographs", "others"] = "photographs",
     count: int = 8000,
     root: str | Path = "data",
     seed: int = 0,
@@ -115,7 +115,7 @@ def load_domains(
     """
     generator = torch.Generator().manual_seed(seed)
     train, test = _mnist(Path(root), generator) if data == "mnist" else _digits()
-    pictures = _pictures(PHOTOGRAPHS if backgrounds == "photographs" else TEXTURES)
+    pictures = _pictures(PHOTOGRAPHS if backgrounds == "photographs" else OTHERS)
     parts = {}
     for part, (images, labels), amount in (("train", train, count), ("test", test, count // 4)):
         for domain in ("source", "target"):
@@ -162,13 +162,13 @@ def _mnist(root: Path, generator: torch.Generator) -> tuple[tuple[Tensor, Tensor
 
 
 def _varied(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image (B, 1, 28, 28) turned by up to 15 degrees, scaled, sheared and shifted a little."""
+    """Each image (B, 1, 28, 28) turned by up to 10 degrees, scaled, sheared and shifted a little."""
 
     def uniform(limit: float) -> Tensor:
         return (torch.rand(len(images), generator=generator) * 2 - 1) * limit
 
-    angle, shear, scale = uniform(math.pi / 12), uniform(0.2), 1.0 + uniform(0.15)
-    shift_x, shift_y = uniform(4 / SIZE), uniform(4 / SIZE)
+    angle, shear, scale = uniform(math.pi / 18), uniform(0.1), 1.0 + uniform(0.1)
+    shift_x, shift_y = uniform(3 / SIZE), uniform(3 / SIZE)
     cos, sin = angle.cos() * scale, angle.sin() * scale
     top = torch.stack([cos, -sin + shear * cos, shift_x], dim=1)
     bottom = torch.stack([sin, cos + shear * sin, shift_y], dim=1)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
 
 from grl_surgery.errors import TracingError
 from grl_surgery.points import escape, number
@@ -175,7 +176,8 @@ def _trace_once(
     with _ONE_AT_A_TIME, random_state_kept() as moved:
         tracer = _Tracer(model, opened, given, constants, numbers_fixed, whole, moved)
         try:
-            return tracer.trace(_trace_copy(model, opened, mode)), tracer.steering
+            with _functions_kept(tracer):
+                return tracer.trace(_trace_copy(model, opened, mode)), tracer.steering
         except Exception as error:  # user code runs in here: anything can come out of it
             function = _function_that_failed(error)
             if isinstance(error, fx.proxy.TraceError) and tracer.has_numbers and not numbers_fixed:
@@ -199,6 +201,42 @@ def _function_that_failed(error: Exception) -> FunctionType | None:
         if inspect.unwrap(function).__code__ is code:
             return function
     return None
+
+
+class FunctionCall:
+    """A call of an autograd.Function, with what torch.fx needs to write it down under the function's name."""
+
+    def __init__(self, kind: type[torch.autograd.Function]) -> None:
+        self.kind = kind
+        self.__name__ = self.__qualname__ = kind.__name__
+        self.__module__ = kind.__module__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.kind.apply(*args, **kwargs)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FunctionCall) and other.kind is self.kind
+
+    def __hash__(self) -> int:
+        return hash(self.kind)
+
+
+@contextlib.contextmanager
+def _functions_kept(tracer: _Tracer) -> Iterator[None]:
+    """Record a call of an autograd.Function as one operation: traced into, it would lose its backward."""
+    original = torch.autograd.Function.__dict__["apply"]
+
+    def apply(kind: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+        bound = original.__get__(None, kind)
+        if any(isinstance(value, fx.Proxy) for value in pytree.tree_leaves((args, kwargs))):
+            return tracer.create_proxy("call_function", FunctionCall(kind), args, kwargs)
+        return bound(*args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = original
 
 
 def _trace_copy(model: nn.Module, opened: frozenset[str], mode: bool | None) -> nn.Module:

@@ -144,7 +144,7 @@ class _Verification:
             tuple(self._reversal(name, layer, passed[name]) for name, layer in layers.items()),
             _same_outputs(self.expected, actual),
             _mode(self.spliced),
-            tuple(_problems(layers, rows)),
+            (*_problems(layers, rows), *_differences(self.model, self.plain)),
         )
 
     def _rows(self, objective: str, gradients: Mapping[str, torch.Tensor | None]) -> Iterator[ParameterFlip]:
@@ -205,6 +205,14 @@ def _problems(layers: Mapping[str, Any], rows: Sequence[ParameterFlip]) -> Itera
     upstream = [row for row in rows if row.predicted in ("flipped", "mixed", "unknown")]
     if layers and all(row.measured == "no signal" for row in upstream):
         yield "no parameter upstream of a reversal receives a gradient, so nothing is proved"
+
+
+def _differences(model: nn.Module, reference: nn.Module) -> Iterator[str]:
+    """Parameters and buffers that have other values than the reference's."""
+    held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, tensor in (*reference.named_parameters(), *reference.named_buffers()):
+        if name in held and not _same_bits(held[name].detach(), tensor.detach()):
+            yield f"{name!r} has other values than in the reference"
 
 
 def _relation(before: torch.Tensor | None, after: torch.Tensor | None) -> tuple[Any, str]:

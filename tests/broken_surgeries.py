@@ -73,6 +73,7 @@ PATIENTS = {
             "downstream": ("left", "right", "norm", "fc"),
             "one branch": ("right",),
             "unused": ("spare",),
+            "head": ("domain",),
         },
     ),
     "resnet18": Patient(
@@ -101,7 +102,8 @@ class BrokenSurgery:
     Args:
         breaks: Tampers with a correct splice.
         reversal: What is wrong at the reversal (a pattern); empty where it does what it should.
-        parameters: From group to what is wrong with the gradient of each parameter in it (a pattern). None
+        parameters: From group to what is wrong with the gradient of each parameter in it (a pattern);
+            "domain: upstream" is the group upstream, under the objective of the head called domain. None
             where the forward is another one, so that gradients may differ anywhere.
         forward_identical: Whether the outputs are still those of the reference.
         coeff: Coefficient of the reversal.
@@ -316,11 +318,15 @@ def dropout_added(m: Spliced, patient: Patient) -> Spliced:
 def gradient_out_of_nowhere(m: Spliced, patient: Patient) -> Spliced:
     """A layer that nothing used gets a gradient, while the output stays the same."""
 
-    def add_nothing(output: Tensor) -> Tensor:
-        unused = m.spare(output.new_ones(8))
-        return output + (unused - unused.detach())
-
-    return insert_behind(m, "fc", add_nothing)
+    end = node_called(m, "fc")
+    (user,) = end.users
+    with m.graph.inserting_before(user):
+        constant = m.graph.call_method("detach", (end.args[0],))
+        unused = m.graph.call_module("spare", (constant,))
+        nothing = m.graph.call_function(operator.sub, (unused, m.graph.call_method("detach", (unused,))))
+        user.replace_input_with(end, m.graph.call_function(operator.add, (end, nothing)))
+    m.recompile()
+    return m
 
 
 def frozen_by_a_trace_in_eval(m: Spliced, patient: Patient) -> Spliced:
@@ -379,7 +385,49 @@ def with_statistics_of_its_own(m: Spliced, patient: Patient) -> Spliced:
     return m
 
 
+# --- A head that is not what it should be
+
+
+def head_without_its_reversal(m: Spliced, patient: Patient) -> Spliced:
+    m.domain.reversal = nn.Identity()
+    return m
+
+
+def head_that_keeps_the_sign(m: Spliced, patient: Patient) -> Spliced:
+    m.domain.reversal = KeepsTheSign()
+    return m
+
+
+def head_detached(m: Spliced, patient: Patient) -> Spliced:
+    node = node_called(m, "domain")
+    with m.graph.inserting_before(node):
+        node.args = (m.graph.call_method("detach", node.args),)
+    m.recompile()
+    return m
+
+
+def logits_detached(m: Spliced, patient: Patient) -> Spliced:
+    return insert_behind(m, "domain", Tensor.detach)
+
+
+def head_reversed_as_a_whole(m: Spliced, patient: Patient) -> Spliced:
+    return insert_behind(m, "domain", gs.reverse_gradient)
+
+
+def trunk_reversed_for_the_task_too(m: Spliced, patient: Patient) -> Spliced:
+    """The reversal stands before the fork, so that the task's gradient crosses it as well."""
+    return insert_behind(m, patient.after, gs.reverse_gradient)
+
+
+def outputs_swapped(m: Spliced, patient: Patient) -> Spliced:
+    (end,) = (node for node in m.graph.nodes if node.op == "output")
+    end.args = (tuple(reversed(end.args[0])),)
+    m.recompile()
+    return m
+
+
 NOT_REVERSED = "its gradient is not reversed"
+REVERSED = "its gradient is reversed, and should not be"
 NO_GRADIENT = "no gradient reaches it"
 LOST = "its gradient is lost"
 
@@ -413,7 +461,7 @@ BROKEN = {
         with_layer(Nudges), parameters=None, forward_identical=False
     ),
     "dropout in the layer": BrokenSurgery(
-        with_layer(DropsValues), parameters=None, forward_identical=False, modes=("train",)
+        with_layer(DropsValues), "it does not multiply by -1", None, forward_identical=False, modes=("train",)
     ),
     "random numbers shifted": BrokenSurgery(
         with_layer(DrawsANumber),
@@ -430,7 +478,7 @@ BROKEN = {
     "too early": BrokenSurgery(reversal_too_early, parameters={"at the point": NOT_REVERSED}),
     "too late": BrokenSurgery(
         reversal_too_late,
-        parameters={"behind the point": "its gradient is reversed, and should not be"},
+        parameters={"behind the point": REVERSED},
     ),
     "reversed twice in the graph": BrokenSurgery(
         reversed_again_behind_it, parameters={"upstream": NOT_REVERSED}
@@ -469,4 +517,25 @@ BROKEN = {
     ),
     "parameter copied": BrokenSurgery(with_weight(torch.clone)),
     "buffer changed": BrokenSurgery(with_statistics_of_its_own, parameters=None, forward_identical=False),
+}
+
+BROKEN_HEADS = {
+    "without its reversal": BrokenSurgery(
+        head_without_its_reversal, parameters={"domain: upstream": NOT_REVERSED}
+    ),
+    "sign kept": BrokenSurgery(
+        head_that_keeps_the_sign, " 1 times", parameters={"domain: upstream": NOT_REVERSED}
+    ),
+    "detached": BrokenSurgery(head_detached, NO_GRADIENT, {"domain: upstream": LOST}),
+    "logits detached": BrokenSurgery(
+        logits_detached, NO_GRADIENT, {"domain: upstream": LOST, "domain: head": LOST}
+    ),
+    "reversed as a whole": BrokenSurgery(
+        head_reversed_as_a_whole, parameters={"domain: upstream": NOT_REVERSED, "domain: head": REVERSED}
+    ),
+    "trunk reversed for the task too": BrokenSurgery(
+        trunk_reversed_for_the_task_too,
+        parameters={"upstream": REVERSED, "domain: upstream": NOT_REVERSED},
+    ),
+    "outputs swapped": BrokenSurgery(outputs_swapped, parameters=None, forward_identical=False),
 }

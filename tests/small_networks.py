@@ -253,3 +253,27 @@ def image(batch: int = 2, size: int = 8) -> torch.Tensor:
 def vector(batch: int = 4) -> torch.Tensor:
     """Random features from a fixed seed."""
     return torch.randn(batch, 6, generator=torch.Generator().manual_seed(1))
+
+
+class PastedFunction(torch.autograd.Function):
+    """A pasted reversal."""
+
+    @staticmethod
+    def forward(ctx, x, coeff):
+        ctx.coeff = coeff
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return -ctx.coeff * gradient, None
+
+
+class Pasted(nn.Module):
+    """A forward that calls a pasted autograd.Function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features, self.out = nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.out(PastedFunction.apply(torch.tanh(self.features(x)), 0.5))

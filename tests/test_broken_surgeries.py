@@ -5,12 +5,27 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from broken_surgeries import BROKEN, PATIENTS, BrokenSurgery, KeepsTheSign, Patient, Small
+from broken_surgeries import (
+    BROKEN,
+    BROKEN_HEADS,
+    PATIENTS,
+    BrokenSurgery,
+    KeepsTheSign,
+    Patient,
+    Small,
+)
 from torch import Tensor, nn
 
 import grl_surgery as gs
 
-WRONGLY_ACCEPTED: dict[str, str] = {}
+# Known defects of the verifier. A test that begins to pass fails until its line is taken out here.
+NOT_YET_REJECTED = {
+    "coefficient of one ignored": "only the coefficient that the layer has is tried out",
+    "half the batch only": "a gradient of another shape than the one that entered stops the verifier itself",
+    "block stuck in eval": "mode flags are set one by one, also where train() does not reach",
+    "parameter changed": "both networks run on the values of the spliced one",
+    "parameter copied": "parameters are compared by name; nobody asks whether they are shared",
+}
 
 CASES = [
     pytest.param(
@@ -18,8 +33,8 @@ CASES = [
         PATIENTS[patient],
         mode,
         id=f"{name}-{patient}-{mode}",
-        marks=[pytest.mark.xfail(strict=True, reason=WRONGLY_ACCEPTED[name])]
-        if name in WRONGLY_ACCEPTED
+        marks=[pytest.mark.xfail(strict=True, reason=NOT_YET_REJECTED[name])]
+        if name in NOT_YET_REJECTED
         else [],
     )
     for name, broken in BROKEN.items()
@@ -57,6 +72,26 @@ def test_the_surgery_that_is_not_broken_passes(patient: Patient, coeff: float, m
     assert flipped == set(parameters_in(model, patient, "upstream"))
 
 
+def assert_rejected_for_its_own_reason(
+    broken: BrokenSurgery, report: gs.FlipReport, model: nn.Module, patient: Patient
+) -> None:
+    assert not report.ok, "it was accepted"
+    assert report.forward_identical == broken.forward_identical
+    for reversal in report.reversals:
+        assert reversal.ok == (not broken.reversal), reversal.note
+        assert re.search(broken.reversal, reversal.note)
+    if broken.parameters is not None:
+        notes = {(row.objective, row.name): row.note for row in report.parameters if not row.ok}
+        blamed = {}
+        for key, note in broken.parameters.items():
+            objective, _, group = key.rpartition(": ")
+            names = parameters_in(model, patient, group)
+            blamed.update({(objective or "output", name): note for name in names})
+        assert notes.keys() == blamed.keys()
+        for name, note in blamed.items():
+            assert re.search(note, notes[name]), (name, notes[name])
+
+
 @pytest.mark.parametrize(("broken", "patient", "mode"), CASES)
 def test_a_broken_surgery_is_rejected_for_its_own_reason(
     broken: BrokenSurgery, patient: Patient, mode: str
@@ -67,21 +102,30 @@ def test_a_broken_surgery_is_rejected_for_its_own_reason(
 
     report = gs.verify_flip(wrong, reference=model, example_inputs=images, mode=mode)
 
-    assert not report.ok, "it was accepted"
-    assert report.forward_identical == broken.forward_identical
-    (reversal,) = report.reversals
-    assert reversal.ok == (not broken.reversal), reversal.note
-    assert re.search(broken.reversal, reversal.note)
-    if broken.parameters is not None:
-        notes = {row.name: row.note for row in report.parameters if not row.ok}
-        blamed = {
-            name: note
-            for group, note in broken.parameters.items()
-            for name in parameters_in(model, patient, group)
-        }
-        assert notes.keys() == blamed.keys()
-        for name, note in blamed.items():
-            assert re.search(note, notes[name]), (name, notes[name])
+    assert len(report.reversals) == 1
+    assert_rejected_for_its_own_reason(broken, report, model, patient)
+
+
+def with_head(model: nn.Module, images: Tensor) -> nn.Module:
+    return gs.attach_domain_head(model, after="stem", name="domain", hidden=8, example_inputs=images)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_the_head_that_is_not_broken_passes(mode: str) -> None:
+    model, images = Small(), images_for(PATIENTS["small"])
+    gs.verify_flip(with_head(model, images), model, images, mode=mode).raise_if_failed()
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("broken", BROKEN_HEADS.values(), ids=BROKEN_HEADS)
+def test_a_broken_head_is_rejected_for_its_own_reason(broken: BrokenSurgery, mode: str) -> None:
+    patient = PATIENTS["small"]
+    model, images = Small(), images_for(patient)
+    wrong = broken.breaks(with_head(model, images), patient)
+
+    report = gs.verify_flip(wrong, reference=model, example_inputs=images, mode=mode)
+
+    assert_rejected_for_its_own_reason(broken, report, wrong, patient)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from small_networks import (
     Modes,
     Net,
     Ordered,
+    Pasted,
     Pair,
     Repeated,
     Residual,
@@ -493,6 +494,16 @@ def test_a_forward_that_draws_in_python_is_not_frozen():
     gs.insert_grl(model, after="0")
     with pytest.raises(gs.TracingError, match="draws random numbers in Python"):
         gs.insert_grl(model, after="0.fc")
+
+
+def test_a_pasted_function_keeps_its_backward_through_the_trace():
+    model, x = Pasted(), vector()
+    assert "PastedFunction" in names(model)
+    spliced = gs.insert_grl(model, after="out")
+    plain, found = gradients(model, x), gradients(pickle.loads(pickle.dumps(spliced)), x)
+    assert all(torch.equal(found[name], -plain[name]) for name in plain)
+    found = gradients(gs.insert_grl(model, edge=("tanh", "PastedFunction")), x)
+    assert torch.equal(found["features.weight"], -plain["features.weight"])
 
 
 def test_hooks_that_tracing_would_lose_are_refused_by_name():

@@ -83,7 +83,8 @@ def test_everything_upstream_frozen_proves_nothing_and_says_so():
 
 
 def test_a_network_without_a_reversal_fails():
-    report = gs.verify_flip(Net(), Net(), image())
+    model = Net()
+    report = gs.verify_flip(model, model, image())
     assert report.problems == ("there is no reversal in this network",)
 
 
@@ -249,3 +250,12 @@ def test_the_report_is_plain_data():
 def test_the_report_prints_without_colour_where_there_is_no_terminal(capsys):
     print(report_of(1))
     assert "\x1b" not in capsys.readouterr().out
+
+
+def test_a_parameter_that_is_not_the_references_is_named():
+    model = Net()
+    spliced = copy.deepcopy(gs.insert_grl(model, after="stage1"))
+    assert gs.verify_flip(spliced, model, image()).ok
+    with torch.no_grad():
+        spliced.stem.weight += 0.25
+    assert "'stem.weight' has other values than in the reference" in gs.verify_flip(spliced, model, image()).problems
