@@ -38,6 +38,7 @@ class Examples(NamedTuple):
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, 28, 28), float32, without their mean; labels (B,)."""
         images = self.images[index].float().div_(255.0).sub_(self.mean)
+        images = images - images.mean(dim=(1, 2, 3), keepdim=True)
         return images.expand(-1, 3, -1, -1), self.labels[index]
 
 

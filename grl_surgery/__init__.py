@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from grl_surgery import schedules
     from grl_surgery.attaching import attach_domain_head
     from grl_surgery.errors import (
         AmbiguousPointError,
@@ -19,14 +20,19 @@ if TYPE_CHECKING:
         TracingError,
     )
     from grl_surgery.flip_report import FlipReport, ParameterFlip, ReversalFlip
+    from grl_surgery.heads import DomainClassifier, DomainHead, PatchDomainClassifier
+    from grl_surgery.metrics import AdversarialMetrics, proxy_a_distance
     from grl_surgery.model_graph import ModelGraph
     from grl_surgery.model_graph import describe as graph
     from grl_surgery.points import Edge, GraphNode
     from grl_surgery.reversal import GradientReversal, reversal_disabled, reverse_gradient
+    from grl_surgery.schedules import CoefficientScheduler
     from grl_surgery.splicing import insert_grl, reversals, strip
+    from grl_surgery.training import dann_lr, domain_loss, entropy_weights, param_groups
     from grl_surgery.verification import verify_flip
 
-# Where each public name lives, in the order in which a model flows through the modules.
+# Where each public name lives, in the order in which a model flows through the modules; "module:name" where
+# it has another name there, "module:*" for the module itself.
 _HOMES = {
     "SurgeryError": "errors",
     "PointNotFoundError": "errors",
@@ -38,6 +44,11 @@ _HOMES = {
     "reverse_gradient": "reversal",
     "GradientReversal": "reversal",
     "reversal_disabled": "reversal",
+    "schedules": "schedules:*",
+    "CoefficientScheduler": "schedules",
+    "DomainClassifier": "heads",
+    "PatchDomainClassifier": "heads",
+    "DomainHead": "heads",
     "GraphNode": "points",
     "Edge": "points",
     "ModelGraph": "model_graph",
@@ -50,10 +61,20 @@ _HOMES = {
     "FlipReport": "flip_report",
     "ParameterFlip": "flip_report",
     "ReversalFlip": "flip_report",
+    "domain_loss": "training",
+    "entropy_weights": "training",
+    "param_groups": "training",
+    "dann_lr": "training",
+    "AdversarialMetrics": "metrics",
+    "proxy_a_distance": "metrics",
 }
 
 __all__ = [
+    "AdversarialMetrics",
     "AmbiguousPointError",
+    "CoefficientScheduler",
+    "DomainClassifier",
+    "DomainHead",
     "Edge",
     "ExportError",
     "FlipError",
@@ -62,17 +83,24 @@ __all__ = [
     "GraphNode",
     "ModelGraph",
     "ParameterFlip",
+    "PatchDomainClassifier",
     "PointNotFoundError",
     "ReversalFlip",
     "ShapeError",
     "SurgeryError",
     "TracingError",
     "attach_domain_head",
+    "dann_lr",
+    "domain_loss",
+    "entropy_weights",
     "graph",
     "insert_grl",
+    "param_groups",
+    "proxy_a_distance",
     "reversal_disabled",
     "reversals",
     "reverse_gradient",
+    "schedules",
     "strip",
     "verify_flip",
 ]
@@ -84,7 +112,8 @@ if not TYPE_CHECKING:
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         module, _, attribute = _HOMES[name].partition(":")
-        value = getattr(importlib.import_module(f"{__name__}.{module}"), attribute or name)
+        home = importlib.import_module(f"{__name__}.{module}")
+        value = home if attribute == "*" else getattr(home, attribute or name)
         globals()[name] = value
         return value
 

@@ -105,6 +105,7 @@ class BrokenSurgery:
         parameters: From group to what is wrong with the gradient of each parameter in it (a pattern);
             "domain: upstream" is the group upstream, under the objective of the head called domain. None
             where the forward is another one, so that gradients may differ anywhere.
+        problem: What is wrong with the network as a whole (a pattern); empty where nothing is.
         forward_identical: Whether the outputs are still those of the reference.
         coeff: Coefficient of the reversal.
         modes: In which modes it is wrong at all.
@@ -114,6 +115,7 @@ class BrokenSurgery:
     breaks: Break
     reversal: str = ""
     parameters: dict[str, str] | None = field(default_factory=dict)
+    problem: str = ""
     forward_identical: bool = True
     coeff: float = 1.0
     modes: tuple[str, ...] = ("train", "eval")
@@ -513,7 +515,8 @@ BROKEN = {
         run_without_grad, NO_GRADIENT, {"upstream": LOST, "downstream": LOST}
     ),
     "parameter changed": BrokenSurgery(
-        with_weight(lambda weight: weight + 0.25), parameters=None, forward_identical=False
+        with_weight(lambda weight: weight + 0.25),
+        problem="'fc.weight' has other values than in the reference",
     ),
     "parameter copied": BrokenSurgery(with_weight(torch.clone)),
     "buffer changed": BrokenSurgery(with_statistics_of_its_own, parameters=None, forward_identical=False),

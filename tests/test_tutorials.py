@@ -229,31 +229,32 @@ def test_splicing_beside_a_pasted_reversal_reverses_twice(reversal: Callable[[Te
     assert printed(found["net1.linear.weight"]) == NET1_UNDER_THE_CAPTION_WITH
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="tracing a forward that calls an autograd.Function keeps its forward and loses its backward",
+@pytest.mark.parametrize(
+    "reversal",
+    [
+        pytest.param(lambda x: TimesOne.apply(x), id="times one"),
+        pytest.param(lambda x: Cloned.apply(x), id="cloned"),
+        pytest.param(
+            TimesOne.apply,
+            id="apply kept under another name",
+            marks=pytest.mark.xfail(
+                strict=True,
+                reason="a bound apply from before the trace goes past what records it, and is lost",
+            ),
+        ),
+    ],
 )
-@pytest.mark.parametrize("name", ["function times one", "function cloned"])
-def test_splicing_into_the_forward_that_calls_a_pasted_function_keeps_it_or_refuses(name: str) -> None:
-    chain, data, label = program(PASTED[name])
-    before = gradients(chain, data, label)
-    try:
-        spliced = gs.insert_grl(chain, after="net2.linear")
-    except gs.TracingError:
-        return
-    found = gradients(spliced, data, label)
-    assert torch.equal(found["net1.linear.weight"], -before["net1.linear.weight"])
+def test_a_pasted_function_keeps_its_backward_where_its_forward_is_traced(
+    reversal: Callable[[Tensor], Tensor],
+) -> None:
+    chain, data, label = program(reversal)
+    spliced = gs.insert_grl(chain, after="net2.linear")
+    gs.verify_flip(spliced, chain, data).raise_if_failed()
 
+    found, before = gradients(spliced, data, label), gradients(chain, data, label)
 
-@pytest.mark.parametrize("name", ["function times one", "function cloned"])
-def test_verification_notices_a_pasted_function_that_tracing_lost(name: str) -> None:
-    chain, data, _ = program(PASTED[name])
-    try:
-        spliced = gs.insert_grl(chain, after="net2.linear")
-    except gs.TracingError:
-        return
-    report = gs.verify_flip(spliced, chain, data)
-    assert report.ok or any("net1.linear.weight" in failure for failure in report.failures)
+    for name in ("net1.linear.weight", "net1.linear.bias", "net2.linear.weight", "net2.linear.bias"):
+        assert torch.equal(found[name], -before[name]), name
 
 
 # --- The second tutorial: a DANN

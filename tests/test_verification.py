@@ -258,4 +258,5 @@ def test_a_parameter_that_is_not_the_references_is_named():
     assert gs.verify_flip(spliced, model, image()).ok
     with torch.no_grad():
         spliced.stem.weight += 0.25
-    assert "'stem.weight' has other values than in the reference" in gs.verify_flip(spliced, model, image()).problems
+    report = gs.verify_flip(spliced, model, image())
+    assert "'stem.weight' has other values than in the reference" in report.problems
