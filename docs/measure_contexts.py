@@ -33,19 +33,21 @@ COLUMNS = {
 
 PAGE = """# What becomes of a reversal
 
-Each cell is one run: the reversal stands in the middle of a small network, and the gradient at its input is compared
-bit for bit with the one that calculus gives. **LOST**: no error, and the gradient is the unreversed one.
+Each cell is one run: the reversal stands in the middle of a small network, and the gradient at its input is
+compared bit for bit with the one that calculus gives. **LOST**: no error, and the gradient is not reversed.
 
-Measured on {date} with Python {python}, torch {torch}, torchvision {torchvision}, by `python docs/measure_contexts.py`.
+Measured on {date} with Python {python}, torch {torch}, torchvision {torchvision}, by
+`python docs/measure_contexts.py`.
 
 {table}
 
-The pasted forms are written out in `tests/pasted_reversals.py`. An in-place operation right behind the pasted forms is an
+The pasted forms are written out in `tests/pasted_reversals.py`. An in-place operation right behind them is an
 error in eager mode already.
 """
 
 
 def outcome(context: Callable, operation: Callable) -> str:
+    """One cell of the table."""
     torch._dynamo.reset()
     try:
         gradient = context(operation)
@@ -57,6 +59,7 @@ def outcome(context: Callable, operation: Callable) -> str:
 
 
 def main() -> None:
+    """Run every context with every form, and write the page."""
     warnings.simplefilter("ignore")
     logging.disable(logging.ERROR)
     rows = [["context", *COLUMNS], ["---"] * (1 + len(COLUMNS))]

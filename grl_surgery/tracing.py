@@ -382,10 +382,14 @@ class _Tracer(fx.Tracer):
         self.calls = 0
 
     @functools.cached_property
-    def paths(self) -> dict[int, str]:
-        """Path of every module, in the copy that is traced and in the model."""
-        copied = {id(module): path for path, module in self.root.named_modules()}
-        return {id(module): path for path, module in self.model.named_modules()} | copied
+    def near(self) -> dict[int, str]:
+        """Path of every module in the copy that is traced."""
+        return {id(module): path for path, module in self.root.named_modules()}
+
+    @functools.cached_property
+    def far(self) -> dict[int, str]:
+        """Path of every module in the model; what lies deep inside a call is there and not in the copy."""
+        return {id(module): path for path, module in self.model.named_modules()}
 
     @functools.cached_property
     def tensors(self) -> dict[int, str]:
@@ -399,7 +403,8 @@ class _Tracer(fx.Tracer):
         return module_qualified_name not in self.opened
 
     def path_of_module(self, mod: nn.Module) -> str:
-        path = self.paths.get(id(mod))
+        path = self.near.get(id(mod), None)
+        path = self.far.get(id(mod)) if path is None else path
         if path is None:
             raise RuntimeError(f"it calls a {type(mod).__name__} that is not a submodule of the network")
         return path

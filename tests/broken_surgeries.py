@@ -510,7 +510,9 @@ BROKEN = {
         stuck_in_eval, parameters=None, forward_identical=False, modes=("train",)
     ),
     "statistics not kept": BrokenSurgery(statistics_not_kept, forward_identical=False, modes=("train",)),
-    "upstream frozen": BrokenSurgery(upstream_frozen, NO_GRADIENT),
+    "upstream frozen": BrokenSurgery(
+        upstream_frozen, NO_GRADIENT, problem="no parameter upstream of a reversal receives a gradient"
+    ),
     "network without grad": BrokenSurgery(
         run_without_grad, NO_GRADIENT, {"upstream": LOST, "downstream": LOST}
     ),
@@ -519,12 +521,19 @@ BROKEN = {
         problem="'fc.weight' has other values than in the reference",
     ),
     "parameter copied": BrokenSurgery(with_weight(torch.clone)),
-    "buffer changed": BrokenSurgery(with_statistics_of_its_own, parameters=None, forward_identical=False),
+    "buffer changed": BrokenSurgery(
+        with_statistics_of_its_own,
+        parameters=None,
+        problem=r"running_mean' has other values than in the reference",
+        forward_identical=False,
+    ),
 }
 
 BROKEN_HEADS = {
     "without its reversal": BrokenSurgery(
-        head_without_its_reversal, parameters={"domain: upstream": NOT_REVERSED}
+        head_without_its_reversal,
+        parameters={"domain: upstream": NOT_REVERSED},
+        problem="there is no reversal in this network",
     ),
     "sign kept": BrokenSurgery(
         head_that_keeps_the_sign, " 1 times", parameters={"domain: upstream": NOT_REVERSED}
