@@ -56,7 +56,9 @@ def with_reversals(model: nn.Module, reference: nn.Module, make: Callable[[], nn
     for path, layer in model.named_modules():
         if isinstance(layer, GradientReversal):
             parent, _, name = path.rpartition(".")
-            tree.get_submodule(parent)._modules[name] = make()
+            holder = tree.get_submodule(parent)
+            holder.__dict__.pop(name, None)  # a reference may have None there
+            holder._modules[name] = make()
     return tree
 
 

@@ -223,20 +223,44 @@ class FunctionCall:
 
 @contextlib.contextmanager
 def _functions_kept(tracer: _Tracer) -> Iterator[None]:
-    """Record a call of an autograd.Function as one operation: traced into, it would lose its backward."""
-    original = torch.autograd.Function.__dict__["apply"]
+    """Record a call of an autograd.Function as one operation: traced into, it would lose its backward.
 
-    def apply(kind: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
-        bound = original.__get__(None, kind)
-        if any(isinstance(value, fx.Proxy) for value in pytree.tree_leaves((args, kwargs))):
-            return tracer.create_proxy("call_function", FunctionCall(kind), args, kwargs)
-        return bound(*args, **kwargs)
-
-    torch.autograd.Function.apply = classmethod(apply)
+    ``apply`` is a built-in that may have been looked up long ago; the forward is looked up at each call.
+    """
+    held = [
+        (kind, name, kind.__dict__[name])
+        for kind in _subclasses(torch.autograd.Function)
+        for name in ("forward", "setup_context")
+        if name in kind.__dict__
+    ]
+    for kind, name, original in held:
+        setattr(kind, name, staticmethod(_recording(tracer, kind, name, original.__get__(None, kind))))
     try:
         yield
     finally:
-        torch.autograd.Function.apply = original
+        for kind, name, original in held:
+            setattr(kind, name, original)
+
+
+def _subclasses(kind: type[torch.autograd.Function]) -> Iterator[type[torch.autograd.Function]]:
+    for subclass in type.__subclasses__(kind):
+        yield subclass
+        yield from _subclasses(subclass)
+
+
+def _recording(tracer: _Tracer, kind: Any, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward that leaves one node for its Function where it is given proxies."""
+    with_context = kind.setup_context is torch.autograd.Function.setup_context
+
+    def record(*args: Any) -> Any:
+        inputs = args[1:] if with_context or name == "setup_context" else args
+        if not any(isinstance(value, fx.Proxy) for value in pytree.tree_leaves(inputs)):
+            return original(*args)
+        if name == "setup_context":
+            return None
+        return tracer.create_proxy("call_function", FunctionCall(kind), inputs, {})
+
+    return record
 
 
 def _trace_copy(model: nn.Module, opened: frozenset[str], mode: bool | None) -> nn.Module:

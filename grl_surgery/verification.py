@@ -15,6 +15,7 @@ from grl_surgery.inputs import example_inputs as known_inputs
 from grl_surgery.measurement import Experiment, Passage, Run, private_copy, repeatable, watching
 from grl_surgery.oracle import Factors, HookReversal, in_words, predict, recipes, with_reversals
 from grl_surgery.reversal import GradientReversal
+from grl_surgery.sharing import share_copy
 from grl_surgery.splicing import check_model, head_names, reversals, strip
 
 __all__ = ["verify_flip"]
@@ -73,6 +74,12 @@ def verify_flip(
         return _Verification(model, plain, inputs, mode, seed).report()
 
 
+def _flags(model: nn.Module, mode: str | None) -> dict[str, bool]:
+    """Mode flags as they are, or as the network's own ``train`` or ``eval`` sets them."""
+    tree = model if mode is None else share_copy(model).train(mode == "train")
+    return {path: module.training for path, module in tree.named_modules()}
+
+
 def _reference(model: nn.Module) -> nn.Module:
     """The network without reversals: stripped, or with those that the user wrote exchanged for identities."""
     return strip(model) if recipes(model) else with_reversals(model, model, nn.Identity)
@@ -94,23 +101,24 @@ class _Verification:
     def __init__(self, model: nn.Module, plain: nn.Module, inputs: Any, mode: str | None, seed: int) -> None:
         self.model, self.plain = model, plain
         self.heads = head_names(model)
-        self.flags = {p: m.training if mode is None else mode == "train" for p, m in model.named_modules()}
+        flags = _flags(model, mode)
+        self.right_flags = flags if mode is None else {**flags, **_flags(plain, mode)}
         self.experiment = Experiment.on(model, inputs, seed)
-        self.spliced = private_copy(model, self.flags)
+        self.spliced = private_copy(model, flags)
 
     # -- the runs
 
     @functools.cached_property
     def oracle(self) -> nn.Module:
         """The reference with tensor hooks where the recipe says reversal."""
-        return private_copy(with_reversals(self.model, self.plain, HookReversal), self.flags)
+        return private_copy(with_reversals(self.model, self.plain, HookReversal), self.right_flags)
 
     @functools.cached_property
     def baseline(self) -> dict[str, dict[str, torch.Tensor | None]]:
         """Gradients without any reversal: of the reference and, for the heads, of heads without one."""
         found = {"output": self.expected.gradients["output"]}
         if self.heads:
-            bare = private_copy(with_reversals(self.model, self.plain, nn.Identity), self.flags)
+            bare = private_copy(with_reversals(self.model, self.plain, nn.Identity), self.right_flags)
             run = self.experiment.run(bare, self.heads)
             found.update((head, run.gradients[head]) for head in self.heads)
         return found
@@ -118,7 +126,7 @@ class _Verification:
     @functools.cached_property
     def expected(self) -> Run:
         """The reference's run."""
-        return self.experiment.run(private_copy(self.plain, self.flags))
+        return self.experiment.run(private_copy(self.plain, self.right_flags))
 
     @functools.cached_property
     def right(self) -> Run:
@@ -236,11 +244,24 @@ def _wrong_passage(layer: GradientReversal, row: Passage) -> str:
         return (
             f"the gradient that leaves is not -1 times the one that enters; {_ratio(row.entered, row.left)}"
         )
-    x = torch.zeros_like(row.entered, requires_grad=True)
-    (found,) = torch.autograd.grad(layer(x * 1), x, row.entered)
-    if not torch.equal(found, (row.entered * -layer.coeff).to(found.dtype)):
-        return f"it does not multiply by -{float(layer.coeff):g}; {_ratio(row.entered, found)}"
+    for coeff in (float(layer.coeff), _ANOTHER_COEFF):
+        found = _gradient_through(layer, coeff, row.entered)
+        if not torch.equal(found, (row.entered * -torch.tensor(coeff)).to(found.dtype)):
+            return f"it does not multiply by -{coeff:g}; {_ratio(row.entered, found)}"
     return ""
+
+
+# A layer that ignores its coefficient is caught whatever coefficient it has.
+_ANOTHER_COEFF = 0.375
+
+
+def _gradient_through(layer: GradientReversal, coeff: float, gradient: torch.Tensor) -> torch.Tensor:
+    """What a copy of the layer with this coefficient makes of a gradient."""
+    twin = share_copy(layer)
+    twin._buffers["coeff"] = torch.full_like(layer.coeff, coeff)
+    x = torch.zeros_like(gradient, requires_grad=True)
+    (found,) = torch.autograd.grad(twin(x * 1), x, gradient)
+    return found
 
 
 def _place(model: nn.Module, name: str) -> str:
@@ -287,6 +308,8 @@ def _ratio(before: torch.Tensor | None, after: torch.Tensor | None) -> str:
         return "it has a gradient where the reference has none"
     if after is None:
         return "it is lost"
+    if after.shape != before.shape:
+        return f"its shape is {tuple(after.shape)}, not {tuple(before.shape)}"
     if not bool(torch.isfinite(after).all()):
         return "it is not finite"
     ratio = (after * before).sum() / (before * before).sum()

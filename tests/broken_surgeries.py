@@ -520,7 +520,6 @@ BROKEN = {
         with_weight(lambda weight: weight + 0.25),
         problem="'fc.weight' has other values than in the reference",
     ),
-    "parameter copied": BrokenSurgery(with_weight(torch.clone)),
     "buffer changed": BrokenSurgery(
         with_statistics_of_its_own,
         parameters=None,

@@ -19,22 +19,12 @@ from torch import Tensor, nn
 import grl_surgery as gs
 
 # Known defects of the verifier. A test that begins to pass fails until its line is taken out here.
-NOT_YET_REJECTED = {
-    "coefficient of one ignored": "only the coefficient that the layer has is tried out",
-    "half the batch only": "a gradient of another shape than the one that entered stops the verifier itself",
-    "block stuck in eval": "mode flags are set one by one, also where train() does not reach",
-    "parameter copied": "parameters are compared by name; nobody asks whether they are shared",
-}
-
 CASES = [
     pytest.param(
         broken,
         PATIENTS[patient],
         mode,
         id=f"{name}-{patient}-{mode}",
-        marks=[pytest.mark.xfail(strict=True, reason=NOT_YET_REJECTED[name])]
-        if name in NOT_YET_REJECTED
-        else [],
     )
     for name, broken in BROKEN.items()
     for patient in broken.patients
