@@ -62,9 +62,10 @@ def _host(base: nn.Module, cut: Cut, failure: TracingError) -> str:
     paths = module_paths(base)
     for end in cut.points:
         if enclosing(end, paths) == [""] and split_number(split_items(end)[0])[0] not in paths:
-            raise PointNotFoundError(
-                f"there is no point {end!r} in this network", choices=near_names(end, paths)
-            )
+            near = near_names(end, paths)
+            if not near:
+                raise failure  # an operation of the root, perhaps: nobody can tell
+            raise PointNotFoundError(f"there is no point {end!r} in this network", choices=near)
     around = [[paths[name] for name in enclosing(end, paths)] for end in cut.points]
     common = [path for path in around[0] if path and all(path in other for other in around)]
     spliced = [path for path in common if isinstance(base.get_submodule(path), SplicedModule)]

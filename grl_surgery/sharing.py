@@ -42,13 +42,9 @@ def share_copy(model: nn.Module, only: Iterable[nn.Module] | None = None) -> nn.
     copies: dict[int, Any] = {id(m): _twin(m) for m in modules if not isinstance(m, torch.jit.ScriptModule)}
     for twin in list(copies.values()):
         attributes = twin.__dict__
-        for key in attributes.keys() - _HOOKS.keys():
-            value = attributes[key]
-            if type(value) not in _ATOMS:
+        for key, value in attributes.items():
+            if type(value) not in _ATOMS and (key not in _HOOKS or value):
                 attributes[key] = _redirect(value, copies)
-        for key, kind in _HOOKS.items():
-            value = attributes.get(key)
-            attributes[key] = _redirect(value, copies) if value else kind()
     return cast(nn.Module, copies.get(id(model), model))
 
 
@@ -60,13 +56,20 @@ def _whole(model: nn.Module) -> list[nn.Module]:
 
 
 def _twin(module: nn.Module) -> nn.Module:
-    """Another object of the same class that holds, so far, the very same attributes."""
+    """Another object of the same class that holds, so far, the very same attributes, but hooks of its own.
+
+    Hooks are half of a module's attributes and mostly none, so this is worth the haste.
+    """
     twin = object.__new__(type(module))
-    twin.__dict__.update(module.__dict__)
+    twin.__dict__.update(
+        {
+            key: value if key not in _HOOKS or value else _HOOKS[key]()
+            for key, value in module.__dict__.items()
+        }
+    )
     return twin
 
 
-# Where every module keeps its hooks, mostly none: half of its attributes, so this is worth the haste.
 _HOOKS = {key: type(value) for key, value in nn.Module().__dict__.items() if "hooks" in key and value == {}}
 
 

@@ -244,8 +244,9 @@ def _functions_kept(tracer: _Tracer) -> Iterator[None]:
 
 def _subclasses(kind: type[torch.autograd.Function]) -> Iterator[type[torch.autograd.Function]]:
     for subclass in type.__subclasses__(kind):
-        yield subclass
-        yield from _subclasses(subclass)
+        if not subclass.__module__.startswith("torch._library"):  # behind operators, which torch.fx records
+            yield subclass
+            yield from _subclasses(subclass)
 
 
 def _recording(tracer: _Tracer, kind: Any, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -312,32 +313,34 @@ class _Flag(NamedTuple):
     value: bool
 
 
-def _random_state() -> tuple[torch.Tensor, Any, Any]:
-    """State of every generator on the host."""
-    numpy = sys.modules.get("numpy")
-    return torch.random.get_rng_state(), random.getstate(), numpy and numpy.random.get_state()
-
-
 @contextlib.contextmanager
 def random_state_kept() -> Iterator[Callable[[], bool]]:
     """Put every generator on the host back; yields a function that says whether one has moved."""
-    torch_state, python_state, numpy_state = _random_state()
+    numpy: Any = sys.modules.get("numpy")
+    torch_state, python_state = torch.random.get_rng_state(), random.getstate()
+    numpy_state = numpy and numpy.random.get_state(legacy=False)
 
     def moved() -> bool:
-        now = _random_state()
-        numpy_same = numpy_state is None or all(
-            (a == b) is True or (a == b).all() for a, b in zip(numpy_state, now[2], strict=True)
+        return (
+            not torch.equal(torch_state, torch.random.get_rng_state())
+            or python_state != random.getstate()
+            or (
+                numpy
+                and _numpy_position(numpy_state) != _numpy_position(numpy.random.get_state(legacy=False))
+            )
         )
-        return not (torch.equal(torch_state, now[0]) and python_state == now[1] and numpy_same)
 
     try:
         yield moved
     finally:
-        if moved():
-            torch.random.set_rng_state(torch_state)
-            random.setstate(python_state)
-            if numpy_state is not None:
-                sys.modules["numpy"].random.set_state(numpy_state)
+        torch.random.set_rng_state(torch_state)
+        random.setstate(python_state)
+        if numpy:
+            numpy.random.set_state(numpy_state)
+
+
+def _numpy_position(state: Any) -> tuple[int, bytes]:
+    return state["state"]["pos"], state["state"]["key"].tobytes()
 
 
 def boundary(value: Any) -> Any:
