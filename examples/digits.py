@@ -28,16 +28,14 @@ class Examples(NamedTuple):
     Args:
         images: (N, 3, 28, 28) or (N, 1, 28, 28), uint8.
         labels: (N,), int64.
-        mean: Mean pixel value of the *training* images of this domain, in [0, 1].
     """
 
     images: Tensor
     labels: Tensor
-    mean: float
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, 28, 28), float32, without their mean; labels (B,)."""
-        images = self.images[index].float().div_(255.0).sub_(self.mean)
+        """Images (B, 3, 28, 28), float32, each without its own mean; labels (B,)."""
+        images = self.images[index].float().div_(255.0)
         images = images - images.mean(dim=(1, 2, 3), keepdim=True)
         return images.expand(-1, 3, -1, -1), self.labels[index]
 
@@ -108,8 +106,8 @@ def load_domains(
     Args:
         data: ``"digits"``: scikit-learn's 1,797 handwritten digits, 1,297 of them for training, enlarged to
             28 x 28 and varied by small random affine maps; ``"mnist"``: MNIST, downloaded into ``root``.
-        backgrounds: ``"photographs"`` in colour; or ``"textures"``, another target in shades of grey, to
-            try settings on without looking at the labels of the one that is reported.
+        backgrounds: ``"photographs"``; or ``"others"``, from microscope, telescope and textures: another target,
+            to try settings on without looking at the labels of the one that is reported.
         count: Number of training images of each domain; a quarter as many are for testing.
         root: Where torchvision keeps MNIST.
         seed: Of everything that is random.
@@ -125,14 +123,7 @@ def load_domains(
             if domain == "target":
                 strokes = (_patches(pictures, part, amount, generator) - strokes).abs()
             parts[domain, part] = (strokes * 255).round().to(torch.uint8), labels[chosen]
-    means = {domain: float(parts[domain, "train"][0].float().mean()) / 255 for domain in ("source", "target")}
-    return Domains(
-        *(
-            Examples(*parts[domain, part], means[domain])
-            for part in ("train", "test")
-            for domain in ("source", "target")
-        )
-    )
+    return Domains(*(Examples(*parts[d, p]) for p in ("train", "test") for d in ("source", "target")))
 
 
 def _digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         SurgeryError,
         TracingError,
     )
+    from grl_surgery.exporting import export, load
     from grl_surgery.flip_report import FlipReport, ParameterFlip, ReversalFlip
     from grl_surgery.heads import DomainClassifier, DomainHead, PatchDomainClassifier
     from grl_surgery.metrics import AdversarialMetrics, proxy_a_distance
@@ -67,6 +68,8 @@ _HOMES = {
     "dann_lr": "training",
     "AdversarialMetrics": "metrics",
     "proxy_a_distance": "metrics",
+    "export": "exporting",
+    "load": "exporting",
 }
 
 __all__ = [
@@ -93,8 +96,10 @@ __all__ = [
     "dann_lr",
     "domain_loss",
     "entropy_weights",
+    "export",
     "graph",
     "insert_grl",
+    "load",
     "param_groups",
     "proxy_a_distance",
     "reversal_disabled",

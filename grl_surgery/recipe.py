@@ -24,6 +24,7 @@ from grl_surgery.sharing import share_copy
 from grl_surgery.sources import build_source, find_source, module_lines, within_memory
 from grl_surgery.spliced_module import Cut, SplicedModule
 from grl_surgery.splicing import reversals, strip
+from grl_surgery.tracing import check_fixed
 
 __all__ = ["FORMAT", "Recipe", "coefficients", "describe", "rebuild", "same_tensors", "tied"]
 
@@ -95,9 +96,10 @@ def _head_data(part: SplicedModule, cut: Cut) -> dict[str, Any]:
 
 
 def _arguments(part: SplicedModule) -> list[str]:
-    """Arguments of forward that stayed arguments; the stars of ``*args`` are not part of a name."""
+    """Arguments of forward that stayed arguments, though they may have a default."""
     nodes = next(iter(part._graphs.values())).nodes
-    return [str(node.target).lstrip("*") for node in nodes if node.op == "placeholder"]
+    kept = (n for n in nodes if n.op == "placeholder" and all(u.target is not check_fixed for u in n.users))
+    return [str(node.target).lstrip("*") for node in kept]
 
 
 def coefficients(model: nn.Module) -> dict[str, Any]:
@@ -306,9 +308,7 @@ def _compare_lines(written: Sequence[str], found: Sequence[str], what: str, chan
     )
 
 
-def _replay(
-    recipe: Recipe, base: nn.Module, own_heads: Mapping[str, nn.Module], changed: str
-) -> nn.Module:
+def _replay(recipe: Recipe, base: nn.Module, own_heads: Mapping[str, nn.Module], changed: str) -> nn.Module:
     """Make every cut again, in the innermost module first."""
     tree = share_copy(base)
     for part in each(field(recipe, "parts", list), dict, "'parts'"):

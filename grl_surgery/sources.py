@@ -152,7 +152,8 @@ def _find_timm(model: nn.Module) -> tuple[str | None, Options]:
     built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if built_for is not None and list(built_for) != size:
         options["img_size"] = list(built_for)
-    return f"timm/{name}", options
+    same = module_lines(model) in (_lines_of("timm", name, options, d) for d in ("meta", "cpu"))
+    return (f"timm/{name}", options) if same else (None, {})
 
 
 def _find_torchvision(model: nn.Module) -> tuple[str | None, Options]:
@@ -168,16 +169,16 @@ def _find_torchvision(model: nn.Module) -> tuple[str | None, Options]:
     classes = getattr(last[-1], "out_features", None) or getattr(last[-1], "out_channels", 0) if last else 0
     for options in ({}, {"num_classes": classes}):
         for name in here:
-            if _lines_of(name, options) == wanted:
+            if _lines_of("torchvision", name, options, "meta") == wanted:
                 return f"torchvision/{name}", options
     return None, {}
 
 
-def _lines_of(name: str, options: Options) -> list[str] | None:
+def _lines_of(library: str, name: str, options: Options, device: str) -> list[str] | None:
     try:
-        with torch.device("meta"), random_state_kept():
-            return module_lines(_create("torchvision", name, options))
-    except Exception:  # some makers cannot work without values; those networks need source=
+        with torch.device(device), random_state_kept():
+            return module_lines(_create(library, name, options))
+    except Exception:  # some makers cannot work without values, as on the meta device; others want options
         return None
 
 

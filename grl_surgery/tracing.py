@@ -209,7 +209,7 @@ class FunctionCall:
     def __init__(self, kind: type[torch.autograd.Function]) -> None:
         self.kind = kind
         self.__name__ = self.__qualname__ = kind.__name__
-        self.__module__ = kind.__module__
+        self.__module__ = __name__  # under a name of torch's own it would be taken for the class
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.kind.apply(*args, **kwargs)
