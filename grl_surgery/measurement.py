@@ -147,9 +147,7 @@ class Experiment:
         objective = self._objective(outputs)
         if objective is None or not wanted:
             return dict.fromkeys(wanted)
-        inputs = [leaves[name] for name in wanted]
-        found = torch.autograd.grad(objective, inputs, retain_graph=True, allow_unused=True)
-        return dict(zip(wanted, found, strict=True))
+        return dict(zip(wanted, _gradients(objective, [leaves[name] for name in wanted]), strict=True))
 
     def _objective(self, outputs: Sequence[torch.Tensor]) -> torch.Tensor | None:
         """A scalar that depends on every output in a direction of its own."""
@@ -161,6 +159,19 @@ class Experiment:
                 term = (output * weight).sum()
                 terms.append(term.real if term.is_complex() else term)
         return sum(terms[1:], terms[0]) if terms else None
+
+
+def _gradients(objective: torch.Tensor, leaves: Sequence[torch.Tensor]) -> Sequence[torch.Tensor | None]:
+    try:
+        return torch.autograd.grad(objective, leaves, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+    objective.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+    found = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    return found
 
 
 def _coefficients(network: nn.Module) -> list[str]:
