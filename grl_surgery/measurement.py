@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from grl_surgery.reversal import GradientReversal
@@ -128,7 +127,7 @@ class Experiment:
         given = pytree.tree_map_only(torch.Tensor, self._copy, self.inputs)
         args, kwargs = ((), given) if isinstance(given, dict) else (_as_tuple(given), {})
         torch.manual_seed(self.seed)
-        value = functional_call(network, {**leaves, **buffers}, args, kwargs)
+        value = _with_tensors(network, {**leaves, **buffers})(*args, **kwargs)
         parts = dict(zip(("output", *heads), value if heads else (value,), strict=True))
         outputs = {name: tensors_in(part) for name, part in parts.items()}
         gradients = {name: self._gradients(tensors, leaves) for name, tensors in outputs.items()}
@@ -159,6 +158,21 @@ class Experiment:
                 term = (output * weight).sum()
                 terms.append(term.real if term.is_complex() else term)
         return sum(terms[1:], terms[0]) if terms else None
+
+
+def _with_tensors(network: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+    """A tree that holds these tensors for good: a checkpointed forward runs again in the backward pass."""
+    tree = share_copy(network)
+    named = (*tree.named_parameters(), *tree.named_buffers())
+    exchanged = {id(tensor): tensors[name] for name, tensor in named}
+    for module in tree.modules():
+        for holder in (module._parameters, module._buffers):
+            for name, tensor in holder.items():
+                if tensor is not None:
+                    holder[name] = exchanged[id(tensor)]  # type: ignore[assignment]
+        if hasattr(module, "_flat_weights_names"):  # recurrent layers keep a list of their parameters
+            module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
+    return tree
 
 
 def _gradients(objective: torch.Tensor, leaves: Sequence[torch.Tensor]) -> Sequence[torch.Tensor | None]:

@@ -260,3 +260,34 @@ def test_a_parameter_that_is_not_the_references_is_named():
         spliced.stem.weight += 0.25
     report = gs.verify_flip(spliced, model, image())
     assert "'stem.weight' has other values than in the reference" in report.problems
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_recurrent_layers_can_be_proved(kind):
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.body, self.fc = nn.Linear(6, 6), kind(6, 4, batch_first=True), nn.Linear(4, 2)
+
+        def forward(self, x):
+            sequence, _ = self.body(self.first(x))
+            return self.fc(sequence)
+
+    model = Recurrent()
+    report = gs.verify_flip(gs.insert_grl(model, after="body[0]"), model, torch.randn(2, 3, 6))
+    assert report.ok
+    assert "body.weight_hh_l0" in kinds(report, "flipped")
+
+
+def test_a_checkpoint_that_runs_again_in_the_backward_pass_leaves_no_gradient_behind():
+    class Checkpoints(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.body = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(self.body, self.first(x), use_reentrant=True)
+
+    model = nn.Sequential(Checkpoints(), nn.Linear(6, 2))
+    assert gs.verify_flip(gs.insert_grl(model, after="0"), model, vector()).ok
+    assert all(parameter.grad is None for parameter in model.parameters())

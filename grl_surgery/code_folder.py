@@ -1,0 +1,397 @@
+"""A folder that a person can read: the network as Python code, the weights, and a card that says what it is."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import fx, nn
+
+from grl_surgery import programs
+from grl_surgery.errors import ExportError, SurgeryError
+from grl_surgery.recipe import Recipe, describe
+from grl_surgery.reversal import GradientReversal
+from grl_surgery.safetensors_file import check_checkpoint, write_checkpoint
+from grl_surgery.spliced_module import SplicedModule
+from grl_surgery.splicing import reversals
+from grl_surgery.tracing import check_fixed
+from grl_surgery.verification import verify_flip
+
+__all__ = ["WEIGHTS", "check_folder", "is_ours", "write_code"]
+
+WEIGHTS = "model.safetensors"
+_CODE, _CONFIG, _CARD = "model.py", "config.json", "README.md"
+_LIBRARY = "grl_surgery"
+_LARGEST_LITERAL = 64
+
+
+def write_code(
+    model: nn.Module,
+    folder: Path,
+    inputs: programs.Inputs,
+    source: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> None:
+    """Write ``model.py``, ``model.safetensors``, ``config.json`` and ``README.md`` into a folder.
+
+    Raises:
+        ExportError: The forward calls something that no other file can import.
+    """
+    recipe = describe(model, source, options)
+    write_checkpoint(model, folder / WEIGHTS, source, options)
+    proof = _proof(model, inputs)
+    (folder / _CODE).write_text(_Code(model, recipe).text(), encoding="utf-8")
+    (folder / _CONFIG).write_text(json.dumps(_config(recipe, proof), indent=2) + "\n", encoding="utf-8")
+    (folder / _CARD).write_text(_card(model, recipe, proof), encoding="utf-8")
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether export wrote this folder."""
+    try:
+        config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("library_name") == _LIBRARY
+
+
+def check_folder(model: nn.Module, folder: Path, inputs: programs.Inputs) -> None:
+    """Load the weights, run the code, and compare its outputs with the network's.
+
+    Raises:
+        ExportError: It does not load, or computes something else.
+    """
+    check_checkpoint(model, folder / WEIGHTS)
+    file = folder / _CODE
+    module = ModuleType("model")
+    module.__file__ = str(file)
+    try:
+        exec(compile(file.read_text(encoding="utf-8"), str(file), "exec"), vars(module))  # written just now
+        given = () if "def load() " in file.read_text(encoding="utf-8") else (programs.plain(model),)
+        again = module.load(*given)
+    except Exception as error:
+        raise ExportError(f"{_CODE} does not run: {type(error).__name__}: {str(error)[:200]}") from error
+    programs.compare_outputs(folder, model, again, inputs)
+
+
+def _proof(model: nn.Module, inputs: programs.Inputs) -> dict[str, Any] | None:
+    """What verify_flip says of the network; None where there is nothing to verify."""
+    if not reversals(model):
+        return None
+    try:
+        report = verify_flip(model, example_inputs=inputs[1] or inputs[0])
+    except SurgeryError as error:
+        return {"ok": False, "verdict": str(error).partition("\n")[0], "mode": "none"}
+    return {"ok": report.ok, "verdict": report.verdict, "mode": report.mode}
+
+
+# -------------------------------------------------------------------------------------------------- code
+
+
+class _Code:
+    """Writes ``model.py``: a class for each spliced graph, and a function that loads it all."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+        self.model, self.recipe = model, recipe
+        self.imports = {"from pathlib import Path", "from safetensors.torch import load_model"}
+        self.imports |= {"from torch import nn"}
+        self.parts = {path: m for path, m in model.named_modules() if isinstance(m, SplicedModule)}
+        if not self.parts:
+            raise ExportError(
+                f"this {type(model).__name__} is not spliced, so there is no code to write",
+                example="export(m, 'm.safetensors')",
+            )
+
+    def text(self) -> str:
+        """The whole file."""
+        classes = [self._class(path, part) for path, part in self.parts.items()]
+        loading = self._load()
+        imports = sorted(self.imports, key=lambda line: (_group(line), line.split()[1], line))
+        groups: dict[int, list[str]] = {}
+        for line in imports:
+            groups.setdefault(_group(line), []).append(line)
+        head = "\n\n".join("\n".join(lines) for _, lines in sorted(groups.items()))
+        title = (
+            f'"""{_title(self.model, self.recipe)}\n\nWritten by grl_surgery; load() makes the network.\n"""'
+        )
+        return "\n\n".join([title, head]) + "\n\n\n" + "\n\n\n".join([*classes, loading]) + "\n"
+
+    def _name(self, path: str) -> str:
+        kind = self.parts[path]._get_name()
+        number = list(self.parts).index(path)
+        return f"Spliced{kind}{number + 1 if number else ''}"
+
+    def _class(self, path: str, part: SplicedModule) -> str:
+        places = "; ".join(_in_words(part, cut) for cut in part.cuts)
+        body = [
+            f"class {self._name(path)}(nn.Module):",
+            f'    """{places[:1].upper()}{places[1:]}."""',
+            "",
+            "    def __init__(self, network: nn.Module) -> None:",
+            "        super().__init__()",
+            *(f"        {line}" for line in self._attributes(part)),
+            "",
+            *self._forwards(part),
+        ]
+        return "\n".join(body)
+
+    def _attributes(self, part: SplicedModule) -> list[str]:
+        """What __init__ takes over from the network, and what is new."""
+        new = {cut.module for cut in part.cuts}
+        constants = set(part._traced.constants)
+        names = [name for held in (part._parameters, part._buffers, part._modules) for name in held]
+        lines = []
+        for name in names:
+            if name in new or name in constants:
+                continue
+            if name in part._buffers:
+                persistent = name not in part._non_persistent_buffers_set
+                extra = "" if persistent else ", persistent=False"
+                lines.append(f'self.register_buffer("{name}", network.{name}{extra})')
+            elif name.isidentifier():
+                lines.append(f"self.{name} = network.{name}")
+            else:
+                lines.append(f"self.add_module({name!r}, network.get_submodule({name!r}))")
+        for name in sorted(constants):
+            lines.append(f'self.register_buffer("{name}", {self._literal(part, name)}, persistent=False)')
+        return [*lines, *(f"self.{cut.module} = {self._made(part, cut.module)}" for cut in part.cuts)]
+
+    def _literal(self, part: SplicedModule, name: str) -> str:
+        tensor = part.get_buffer(name)
+        if tensor.numel() > _LARGEST_LITERAL:
+            raise ExportError(
+                f"the forward makes a tensor of shape {tuple(tensor.shape)} of its own, too large for code",
+                example="export(m, 'm.pt2')",
+            )
+        self.imports.add("import torch")
+        return f"torch.tensor({tensor.tolist()}, dtype={tensor.dtype})"
+
+    def _made(self, part: SplicedModule, name: str) -> str:
+        module = part.get_submodule(name)
+        if isinstance(module, GradientReversal):
+            self.imports.add("from grl_surgery.reversal import GradientReversal")
+            return f"GradientReversal({float(module.coeff)!r})"
+        data = next(rows["heads"][name] for rows in self.recipe["parts"] if name in rows["heads"])
+        if data["settings"] is None:
+            raise ExportError(
+                f"the head {name!r} has parts of your own classes, which no code of ours can make",
+                example="export(m, 'm.pt2')",
+            )
+        return self._head_code(data["settings"], float.fromhex(self._coeff_of(part, name)))
+
+    def _coeff_of(self, part: SplicedModule, name: str) -> str:
+        found = next(
+            row["coeff"] for path, row in self.recipe["reversals"].items() if f"{name}.reversal" in path
+        )
+        return str(found)
+
+    def _head_code(self, settings: Mapping[str, Any], coeff: float) -> str:
+        classifier, logits = settings["classifier"], settings["num_logits"]
+        kind = {"global": "DomainClassifier", "patch": "PatchDomainClassifier"}[classifier["kind"]]
+        binary = classifier["logits"] == 1
+        values = [classifier["width"], 2 if binary else classifier["logits"]]
+        rest = {key: classifier[key] for key in ("hidden", "depth", "norm", "dropout")}
+        made = (
+            f"{kind}({values[0]}, {values[1]}, {_keywords({**rest, **({'binary': True} if binary else {})})})"
+        )
+        words = [made]
+        names = {kind, "DomainHead"}
+        if settings["pool"]:
+            self.imports.add("from grl_surgery.pooling import FeaturePool")
+            pool = dict(settings["pool"])
+            layout = pool.pop("layout")
+            words.append(f"pool=FeaturePool({layout!r}, {_keywords(pool)})")
+        if settings["condition"]:
+            condition = dict(settings["condition"])
+            multilinear = condition.pop("kind") == "multilinear"
+            names.add("MultilinearMap" if multilinear else "RandomizedMultilinearMap")
+            made = "MultilinearMap()" if multilinear else f"RandomizedMultilinearMap({_keywords(condition)})"
+            words.append(f"condition={made}")
+        words.append(f"num_domains={2 if logits == 1 else logits}")
+        words += ["binary=True"] if logits == 1 else []
+        words.append(f"coeff={coeff!r}")
+        self.imports |= {f"from grl_surgery.heads import {name}" for name in names}
+        inside = "".join(f"            {word},\n" for word in words)
+        return f"DomainHead(\n{inside}        )"
+
+    # -- forward
+
+    def _forwards(self, part: SplicedModule) -> list[str]:
+        if not part._traced.steering:
+            return self._forward(part, part.graph, "forward")
+        lines = ["    def forward(self, *args, **kwargs):"]
+        lines.append('        """Another computation in another mode."""')
+        flags = ", ".join(
+            f"self.{path}.training" if path else "self.training" for path in part._traced.steering
+        )
+        lines.append(f"        mode = ({flags},)")
+        for number, known in enumerate(part._graphs, start=1):
+            lines.append(f"        if mode == {known}:")
+            lines.append(f"            return self.forward_{number}(*args, **kwargs)")
+        lines.append('        raise RuntimeError(f"no forward was recorded for the mode {mode}")')
+        for number, graph in enumerate(part._graphs.values(), start=1):
+            lines += ["", *self._forward(part, graph, f"forward_{number}")]
+        return lines
+
+    def _forward(self, part: SplicedModule, graph: fx.Graph, name: str) -> list[str]:
+        plain = fx.Graph(owning_module=part)
+        copied: dict[fx.Node, fx.Node] = {}
+        result = plain.graph_copy(graph, copied)
+        plain.set_codegen(graph._codegen)
+        plain.output(result)
+        for node in list(plain.nodes):
+            if node.target is check_fixed:
+                checked: Any = node.args[0]
+                plain.erase_node(node)
+                plain.erase_node(checked)
+        code = plain.python_code(root_module="self")
+        for key, value in code.globals.items():
+            self._import(key, value, code.src)
+        start = code.src.index("def forward")
+        lines = code.src[start:].replace("def forward", f"def {name}", 1).strip().splitlines()
+        kept = (re.sub(r";  \w+ = (\w+ = )*None.*$", "", line).rstrip() for line in lines)
+        return [f"    {line}" if line else "" for line in kept if line.strip() != "pass"]
+
+    def _import(self, key: str, value: Any, text: str) -> None:
+        """Import what the code calls ``key``."""
+        if not re.search(rf"\b{re.escape(key)}\b", text):
+            return
+        if isinstance(value, ModuleType):
+            as_name = "" if value.__name__ == key else f" as {key}"
+            self.imports.add(f"import {value.__name__}{as_name}")
+            return
+        home, name = getattr(value, "__module__", None), getattr(value, "__qualname__", "")
+        if home == "builtins" or (key in ("inf", "nan") and isinstance(value, float)):
+            self.imports |= {f"from math import {key}"} if key in ("inf", "nan") else set()
+            return
+        if (
+            not home
+            or not name.isidentifier()
+            or getattr(importlib.import_module(home), name, None) is not value
+        ):
+            raise ExportError(
+                f"the forward calls {key!r}, which cannot be imported by name", example="export(m, 'm.pt2')"
+            )
+        self.imports.add(f"from {home} import {name}" + ("" if key == name else f" as {key}"))
+
+    # -- loading
+
+    def _load(self) -> str:
+        source, options = self.recipe["source"], self.recipe["options"]
+        argument, make = (
+            ("", f"    network = {self._maker(source, options)}") if source else ("network: nn.Module", "")
+        )
+        summary = (
+            "The network with the weights that lie beside this file."
+            if source
+            else "The network with the weights that lie beside this file; ``network`` is one of its class."
+        )
+        lines = [f"def load({argument}) -> nn.Module:", f'    """{summary}"""', *([make] if make else [])]
+        for path in sorted(self.parts, key=lambda path: -len(path)):
+            parent, _, name = path.rpartition(".")
+            if not path:
+                lines.append(f"    network = {self._name(path)}(network)")
+            else:
+                holder = f"network.get_submodule({parent!r})" if parent else "network"
+                lines.append(f"    part = {self._name(path)}({holder}.get_submodule({name!r}))")
+                lines.append(f"    {holder}.add_module({name!r}, part)")
+        dtype = self.recipe["dtype"]
+        if dtype not in (None, "float32"):
+            self.imports.add("import torch")
+            lines.append(f"    network.to(torch.{dtype})")
+        lines.append(f'    load_model(network, str(Path(__file__).with_name("{WEIGHTS}")))')
+        lines.append("    return network.train()" if self.model.training else "    return network.eval()")
+        return "\n".join(lines)
+
+    def _maker(self, source: str, options: Mapping[str, Any]) -> str:
+        library, _, name = source.partition("/")
+        words = "".join(f", {key}={value!r}" for key, value in options.items())
+        if library == "timm":
+            self.imports.add("import timm")
+            return f"timm.create_model({name!r}{words})"
+        self.imports.add("from torchvision import models")
+        return f"models.get_model({name!r}, weights=None{words})"
+
+
+def _keywords(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in values.items())
+
+
+def _group(line: str) -> int:
+    """The standard library first, others behind it."""
+    return 0 if line.split()[1].partition(".")[0] in ("pathlib", "math") else 1
+
+
+def _in_words(part: SplicedModule, cut: Any) -> str:
+    what = "a domain head" if cut.kind == "head" else "a gradient reversal"
+    return f"{what} {str(cut).replace(chr(34), '').replace(chr(92), '')}"
+
+
+def _title(model: nn.Module, recipe: Recipe) -> str:
+    kind = recipe["class"].rpartition(".")[2]
+    count = sum(len(part["cuts"]) for part in recipe["parts"])
+    return f"{recipe['source'] or kind} with {count} gradient reversal{'s' if count > 1 else ''} spliced in."
+
+
+# -------------------------------------------------------------------------------------------- what it says
+
+
+def _config(recipe: Recipe, proof: dict[str, Any] | None) -> dict[str, Any]:
+    kept = ("source", "options", "class", "versions", "graph", "reversals")
+    cuts = [{"path": part["path"], "cuts": part["cuts"]} for part in recipe["parts"]]
+    return {
+        "library_name": _LIBRARY,
+        **{key: recipe[key] for key in kept},
+        "surgery": cuts,
+        "verification": proof,
+    }
+
+
+def _card(model: nn.Module, recipe: Recipe, proof: dict[str, Any] | None) -> str:
+    parts = {path: m for path, m in model.named_modules() if isinstance(m, SplicedModule)}
+    rows = [
+        f"| `{f'{path}.' if path else ''}{cut.module}` | {_in_words(part, cut)} |"
+        for path, part in parts.items()
+        for cut in part.cuts
+    ]
+    coefficients = [
+        f"- `{path}`: {float.fromhex(row['coeff']):g}" for path, row in recipe["reversals"].items()
+    ]
+    verdict = "Not verified." if proof is None else f"{'OK' if proof['ok'] else 'FAILED'}: {proof['verdict']}"
+    mode = f" (in {proof['mode']} mode)" if proof else ""
+    return "\n".join(
+        [
+            "---",
+            f"library_name: {_LIBRARY}",
+            "tags: [gradient-reversal, domain-adaptation]",
+            "---",
+            "",
+            f"# {_title(model, recipe)}",
+            "",
+            "| module | what was spliced in |",
+            "|---|---|",
+            *rows,
+            "",
+            "Coefficients:",
+            "",
+            *coefficients,
+            "",
+            "## Verification",
+            "",
+            f"{verdict}{mode}",
+            "",
+            "## Use",
+            "",
+            "```python",
+            "import grl_surgery as gs",
+            'm = gs.load("THIS FOLDER")' if recipe["source"] else 'm = gs.load("THIS FOLDER", model=MyNet())',
+            "```",
+            "",
+            "`model.py` is the same network as readable code.",
+            "",
+        ]
+    )

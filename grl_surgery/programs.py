@@ -1,0 +1,338 @@
+"""Programs that run without the network's Python code: .pt2 for PyTorch, .onnx for other runtimes."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+import inspect
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from grl_surgery.errors import ExportError, SurgeryError
+from grl_surgery.inputs import example_inputs as known_inputs
+from grl_surgery.measurement import private_copy, tensors_in
+from grl_surgery.oracle import recipes, with_reversals
+from grl_surgery.plain_data import each, field
+from grl_surgery.program_archive import EXTRA, check_archive
+from grl_surgery.recipe import describe
+from grl_surgery.reversal import GradientReversal
+from grl_surgery.splicing import head_names, reversals, strip
+from grl_surgery.tracing import random_state_kept
+
+__all__ = [
+    "check_onnx",
+    "check_program",
+    "compare_outputs",
+    "for_inference",
+    "inputs_for",
+    "plain",
+    "read_program",
+    "write_onnx",
+    "write_program",
+]
+
+Purpose = Literal["training", "inference"]
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def for_inference(model: nn.Module, heads: Sequence[str] = ()) -> nn.Module:
+    """The network in eval mode without reversals, and without the heads that are not asked for.
+
+    Example:
+        >>> from grl_surgery.splicing import insert_grl
+        >>> type(for_inference(insert_grl(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), after="0"))).__name__
+        'Sequential'
+
+    Raises:
+        ExportError: There is no head of that name.
+    """
+    unknown = [name for name in heads if name not in head_names(model)]
+    if unknown:
+        raise ExportError(f"there is no head {unknown[0]!r} to keep", choices=head_names(model))
+    kept = model
+    dropped = [name for name in head_names(model) if name not in heads]
+    if dropped:
+        kept = strip(model, dropped)
+    plain = strip(kept) if any(recipes(kept).values()) else kept
+    bare = with_reversals(kept, plain, nn.Identity) if heads else with_reversals(plain, plain, nn.Identity)
+    return bare.eval()
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """The network before surgery, as a copy of its own."""
+    return copy.deepcopy(strip(model) if any(recipes(model).values()) else model)
+
+
+def inputs_for(model: nn.Module, example_inputs: Any) -> Inputs:
+    """Arguments of forward, by position and by name."""
+    given = known_inputs(model) if example_inputs is None else example_inputs
+    if given is None:
+        raise ExportError(
+            f"nothing says what inputs {type(model).__name__} takes, and a program is recorded by running it",
+            example="export(m, 'm.pt2', example_inputs=(torch.randn(2, 3, 224, 224),))",
+        )
+    if isinstance(given, dict):
+        return (), given
+    return (given if isinstance(given, tuple) else (given,)), {}
+
+
+# ------------------------------------------------------------------------------------------------- .pt2
+
+
+def write_program(model: nn.Module, path: Path, inputs: Inputs, purpose: Purpose, dynamic: bool) -> None:
+    """Record a network with ``torch.export`` and write the program.
+
+    Raises:
+        ExportError: torch cannot record it, or the program has lost a reversal.
+    """
+    program = record(model, inputs, purpose, dynamic)
+    lost = [name for name in reversals(model) if name not in _reversals_in(program.module().graph)]
+    if lost:
+        raise ExportError(f"the reversal {lost[0]!r} is not in the program that torch.export made")
+    extra = {
+        "purpose": purpose,
+        "reversals": list(reversals(model)),
+        "heads": head_names(model),
+        "recipe": _surgery_of(model),
+    }
+    torch.export.save(program, path, extra_files={EXTRA: json.dumps(extra)})
+
+
+def record(
+    model: nn.Module, inputs: Inputs, purpose: Purpose = "training", dynamic: bool = True
+) -> torch.export.ExportedProgram:
+    """The network as a program, in its present mode, for any batch size if ``dynamic``."""
+    private = _private(model)
+    args, kwargs = copy.deepcopy(inputs)
+    shapes = _batch_sizes((args, kwargs)) if dynamic else None
+    try:
+        with torch.set_grad_enabled(purpose == "training"), random_state_kept(), _quiet():
+            return torch.export.export(
+                private, args, kwargs, dynamic_shapes=_by_argument(private, shapes, args, kwargs)
+            )
+    except SurgeryError:
+        raise
+    except Exception as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), "")
+        raise ExportError(
+            f"torch.export cannot record this {type(model).__name__}: {type(error).__name__}: {reason[:300]}",
+            example="export(m, 'm.pt2', dynamic=False), for one batch size; or export(m, 'm.safetensors')",
+        ) from error
+
+
+def _private(model: nn.Module) -> nn.Module:
+    return private_copy(model, {})
+
+
+def _surgery_of(model: nn.Module) -> dict[str, Any]:
+    """The recipe without what only rebuilding needs."""
+    recipe = describe(model)
+    kept = ("source", "options", "class", "versions", "graph", "reversals")
+    cuts = [{"path": part["path"], "cuts": part["cuts"]} for part in recipe["parts"]]
+    return {**{key: recipe[key] for key in kept}, "parts": cuts}
+
+
+def _batch_sizes(inputs: Any) -> Any:
+    """The first axis of every input is free."""
+    return pytree.tree_map(
+        lambda leaf: {0: torch.export.Dim.DYNAMIC} if isinstance(leaf, torch.Tensor) and leaf.dim() else None,
+        inputs,
+    )
+
+
+def _by_argument(model: nn.Module, shapes: Any, args: Any, kwargs: Any) -> Any:
+    if shapes is None:
+        return None
+    return shapes[0] if not kwargs else {**_named(model, shapes[0]), **shapes[1]}
+
+
+def _named(model: nn.Module, values: Sequence[Any]) -> dict[str, Any]:
+    return dict(zip(inspect.signature(model.forward).parameters, values, strict=False))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's own deprecations, which the caller can do nothing about."""
+    with warnings.catch_warnings():
+        for kind in (DeprecationWarning, FutureWarning):
+            warnings.simplefilter("ignore", kind)
+        warnings.filterwarnings("ignore", message=".*(?:attribute|was not|Dynamo|tensor constant)")
+        yield
+
+
+def read_program(path: Path) -> nn.Module:
+    """The program in a .pt2 file as a network whose reversals are layers again.
+
+    The operation ``grl_surgery::reverse_gradient`` and the layer are the same reversal. With the layer the
+    coefficient can be set, and ``verify_flip`` can put its oracle into the same places.
+
+    Raises:
+        ExportError: It is damaged, could run code, or has lost a reversal that it should have.
+    """
+    extra = check_archive(path)
+    try:
+        with _quiet():
+            program = torch.export.load(path)
+            network: Any = program.module()
+    except Exception as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), "")
+        raise ExportError(
+            f"{path} is damaged or from another version of torch: {type(error).__name__}: {reason[:200]}"
+        ) from error
+    wanted = each(field(extra, "reversals", list), str, "'reversals'")
+    found = _reversals_in(network.graph)
+    if field(extra, "purpose", str) == "training" and sorted(wanted) != sorted(found):
+        lost = sorted(set(wanted) ^ set(found))
+        raise ExportError(f"the program in {path} and its recipe disagree about the reversal {lost[0]!r}")
+    _as_layers(network)
+    if program.example_inputs is not None and not program.example_inputs[1]:
+        network.example_inputs = program.example_inputs[0]
+    return network  # type: ignore[no-any-return]
+
+
+def _reversals_in(graph: fx.Graph) -> dict[str, list[fx.Node]]:
+    """The calls of the operation, by the layer whose coefficient they read."""
+    operation = torch.ops.grl_surgery.reverse_gradient.default
+    found: dict[str, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.target is operation and isinstance(node.args[1], fx.Node) and node.args[1].op == "get_attr":
+            found.setdefault(str(node.args[1].target).rpartition(".")[0], []).append(node)
+    return found
+
+
+def _as_layers(network: Any) -> None:
+    """Replace each call of the operation by a call of a layer with the same coefficient."""
+    for path, nodes in _reversals_in(network.graph).items():
+        parent, _, name = path.rpartition(".")
+        layer = GradientReversal()
+        layer.coeff = network.get_submodule(path).coeff.detach().clone()
+        network.get_submodule(parent)._modules[name] = layer
+        for node in nodes:
+            with network.graph.inserting_before(node):
+                call = network.graph.call_module(path, (node.args[0],))
+            node.replace_all_uses_with(call)
+            coeff: Any = node.args[1]
+            network.graph.erase_node(node)
+            if not coeff.users:
+                network.graph.erase_node(coeff)
+    network.graph.lint()
+    network.recompile()
+
+
+def check_program(model: nn.Module, path: Path, inputs: Inputs) -> None:
+    """Load the program that was written for ``model``, and compare what both compute.
+
+    Raises:
+        ExportError: It does not load, or computes something else.
+    """
+    compare_outputs(path, model, read_program(path), inputs)
+
+
+def compare_outputs(path: Path, model: nn.Module, again: nn.Module, inputs: Inputs) -> None:
+    """Run the network and what was read back, each on a copy and from the same random numbers.
+
+    Raises:
+        ExportError: They compute different values.
+    """
+    _compare(path, _outputs(_private(model), inputs), _outputs(again, inputs), 1e-5)
+
+
+def _outputs(network: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
+    """Every tensor that a copy returns, from the same random numbers every time."""
+    network = copy.deepcopy(network)
+    args, kwargs = copy.deepcopy(inputs)
+    with random_state_kept(), torch.no_grad():
+        torch.manual_seed(0)
+        return tensors_in(network(*args, **kwargs))
+
+
+def _compare(path: Path, expected: list[torch.Tensor], found: list[torch.Tensor], tolerance: float) -> None:
+    if [tuple(x.shape) for x in expected] != [tuple(x.shape) for x in found]:
+        raise ExportError(f"{path.name} returns {len(found)} tensors of other shapes than the network")
+    for one, other in zip(expected, found, strict=True):
+        finite = one[one.isfinite()] if one.is_floating_point() else one
+        scale = max(float(finite.abs().max()), 1.0) if finite.numel() else 1.0
+        precision = 8 * torch.finfo(one.dtype).eps if one.is_floating_point() else 0.0
+        try:
+            torch.testing.assert_close(
+                other, one, rtol=0, atol=max(tolerance, precision) * scale, equal_nan=True
+            )
+        except AssertionError as error:
+            raise ExportError(
+                f"{path.name} computes other values than the network: {' '.join(str(error).split())[:200]}"
+            ) from error
+
+
+# ------------------------------------------------------------------------------------------------ .onnx
+
+
+def write_onnx(model: nn.Module, path: Path, inputs: Inputs, heads: Sequence[str], dynamic: bool) -> None:
+    """Write a network without reversals for ONNX Runtime; inputs and outputs keep their names.
+
+    Raises:
+        ExportError: A package is missing, or torch cannot translate the network.
+    """
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        _need(package)
+    program = record(model, inputs, "inference", dynamic)
+    names = _output_names(model, inputs, heads)
+    try:
+        with _quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made = torch.onnx.export(program, verbose=False, output_names=names, dynamo=True)
+            assert made is not None
+            made.save(str(path), external_data=False)
+    except Exception as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), "")
+        raise ExportError(
+            f"torch.onnx cannot translate this {type(model).__name__}: {type(error).__name__}: {reason[:300]}",
+            example="export(m, 'm.pt2', purpose='inference')",
+        ) from error
+
+
+def _need(package: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        raise ExportError(
+            f".onnx needs the package {package}, which is not installed",
+            example="pip install 'grl-surgery[export]'",
+        ) from error
+
+
+def _output_names(model: nn.Module, inputs: Inputs, heads: Sequence[str]) -> list[str]:
+    count = len(_outputs(_private(model), inputs)) - len(heads)
+    return (
+        ["output"]
+        if count == 1 and not heads
+        else [
+            *(["output"] if count == 1 else [f"output_{place}" for place in range(count)]),
+            *heads,
+        ]
+    )
+
+
+def check_onnx(model: nn.Module, path: Path, inputs: Inputs) -> None:
+    """Run what was written in ONNX Runtime and compare it with the network.
+
+    Raises:
+        ExportError: It does not run there, or computes something else.
+    """
+    runtime = _need("onnxruntime")
+    try:
+        session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        given = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
+        names = [row.name for row in session.get_inputs()]
+        feed = {name: x.detach().cpu().numpy() for name, x in zip(names, given, strict=True)}
+        found = [torch.from_numpy(value) for value in session.run(None, feed)]
+    except Exception as error:
+        raise ExportError(f"ONNX Runtime cannot run {path.name}: {str(error)[:300]}") from error
+    _compare(path, [x.cpu() for x in _outputs(_private(model), inputs)], found, 1e-4)
