@@ -1,11 +1,11 @@
-"""A folder that a person can read: the network as Python code, the weights, and a card that says what it is."""
+"""A folder that a person can read: the network as Python code, its weights, and a model card."""
 
 from __future__ import annotations
 
 import importlib
 import json
-import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,12 +14,12 @@ from torch import fx, nn
 
 from grl_surgery import programs
 from grl_surgery.errors import ExportError, SurgeryError
+from grl_surgery.forward_code import forward_lines
 from grl_surgery.recipe import Recipe, describe
 from grl_surgery.reversal import GradientReversal
 from grl_surgery.safetensors_file import check_checkpoint, write_checkpoint
 from grl_surgery.spliced_module import SplicedModule
 from grl_surgery.splicing import reversals
-from grl_surgery.tracing import check_fixed
 from grl_surgery.verification import verify_flip
 
 __all__ = ["WEIGHTS", "check_folder", "is_ours", "write_code"]
@@ -110,18 +110,14 @@ class _Code:
         """The whole file."""
         classes = [self._class(path, part) for path, part in self.parts.items()]
         loading = self._load()
-        imports = sorted(self.imports, key=lambda line: (_group(line), line.split()[1], line))
-        groups: dict[int, list[str]] = {}
-        for line in imports:
-            groups.setdefault(_group(line), []).append(line)
-        head = "\n\n".join("\n".join(lines) for _, lines in sorted(groups.items()))
+        head = "\n\n".join("\n".join(lines) for lines in _import_groups(self.imports))
         title = (
             f'"""{_title(self.model, self.recipe)}\n\nWritten by grl_surgery; load() makes the network.\n"""'
         )
         return "\n\n".join([title, head]) + "\n\n\n" + "\n\n\n".join([*classes, loading]) + "\n"
 
     def _name(self, path: str) -> str:
-        kind = self.parts[path]._get_name()
+        kind = type(self.parts[path]).__name__
         number = list(self.parts).index(path)
         return f"Spliced{kind}{number + 1 if number else ''}"
 
@@ -181,9 +177,9 @@ class _Code:
                 f"the head {name!r} has parts of your own classes, which no code of ours can make",
                 example="export(m, 'm.pt2')",
             )
-        return self._head_code(data["settings"], float.fromhex(self._coeff_of(part, name)))
+        return self._head_code(data["settings"], float.fromhex(self._coeff_of(name)))
 
-    def _coeff_of(self, part: SplicedModule, name: str) -> str:
+    def _coeff_of(self, name: str) -> str:
         found = next(
             row["coeff"] for path, row in self.recipe["reversals"].items() if f"{name}.reversal" in path
         )
@@ -238,28 +234,13 @@ class _Code:
         return lines
 
     def _forward(self, part: SplicedModule, graph: fx.Graph, name: str) -> list[str]:
-        plain = fx.Graph(owning_module=part)
-        copied: dict[fx.Node, fx.Node] = {}
-        result = plain.graph_copy(graph, copied)
-        plain.set_codegen(graph._codegen)
-        plain.output(result)
-        for node in list(plain.nodes):
-            if node.target is check_fixed:
-                checked: Any = node.args[0]
-                plain.erase_node(node)
-                plain.erase_node(checked)
-        code = plain.python_code(root_module="self")
-        for key, value in code.globals.items():
-            self._import(key, value, code.src)
-        start = code.src.index("def forward")
-        lines = code.src[start:].replace("def forward", f"def {name}", 1).strip().splitlines()
-        kept = (re.sub(r";  \w+ = (\w+ = )*None.*$", "", line).rstrip() for line in lines)
-        return [f"    {line}" if line else "" for line in kept if line.strip() != "pass"]
+        lines, used = forward_lines(part, graph, name)
+        for key, value in used.items():
+            self._import(key, value)
+        return [f"    {line}" if line else "" for line in lines]
 
-    def _import(self, key: str, value: Any, text: str) -> None:
+    def _import(self, key: str, value: Any) -> None:
         """Import what the code calls ``key``."""
-        if not re.search(rf"\b{re.escape(key)}\b", text):
-            return
         if isinstance(value, ModuleType):
             as_name = "" if value.__name__ == key else f" as {key}"
             self.imports.add(f"import {value.__name__}{as_name}")
@@ -321,9 +302,21 @@ def _keywords(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={value!r}" for key, value in values.items())
 
 
-def _group(line: str) -> int:
-    """The standard library first, others behind it."""
-    return 0 if line.split()[1].partition(".")[0] in ("pathlib", "math") else 1
+def _import_groups(lines: Iterable[str]) -> Iterator[list[str]]:
+    """The standard library first; names out of one module in one line."""
+    homes: dict[str, set[str]] = {}
+    for line in lines:
+        if line.startswith("from "):
+            homes.setdefault(line.split()[1], set()).add(line.partition(" import ")[2])
+    written = [line for line in lines if line.startswith("import ")]
+    written += [f"from {home} import {', '.join(sorted(names))}" for home, names in homes.items()]
+    for standard in (True, False):
+        group = [line for line in written if (line.split()[1].partition(".")[0] in _STANDARD) is standard]
+        if group:
+            yield sorted(group, key=lambda line: (line.startswith("from "), line))
+
+
+_STANDARD = frozenset(sys.stdlib_module_names)
 
 
 def _in_words(part: SplicedModule, cut: Any) -> str:

@@ -53,7 +53,7 @@ def _without_checks(graph: fx.Graph) -> fx.Graph:
 
 
 class _Tidy(ast.NodeTransformer):
-    """``getattr(self.layer3, "0")`` becomes ``self.layer3[0]``, ``x[(slice(None), 0)]`` becomes ``x[:, 0]``."""
+    """``getattr(self.layer3, "0")`` becomes ``self.layer3[0]``, ``x[slice(1, None)]`` becomes ``x[1:]``."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module

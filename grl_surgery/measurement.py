@@ -171,7 +171,8 @@ def _with_tensors(network: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn
                 if tensor is not None:
                     holder[name] = exchanged[id(tensor)]  # type: ignore[assignment]
         if hasattr(module, "_flat_weights_names"):  # recurrent layers keep a list of their parameters
-            module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
+            names: Any = module._flat_weights_names
+            module.__dict__["_flat_weights"] = [getattr(module, name) for name in names]
     return tree
 
 

@@ -35,8 +35,23 @@ _TARGETS = re.compile(
 )
 # What sizes are written with; no function that evaluates a string.
 _SIZE_WORDS = frozenset(
-    "Symbol Integer Add Mul Mod Max Min FloorDiv CleanDiv CeilDiv PythonMod ModularIndexing Rational Float Eq Ne Lt Le "
-    "Gt Ge StrictGreaterThan StrictLessThan GreaterThan LessThan Equality Unequality true false".split()
+    [
+        *("Symbol", "Integer", "Rational", "Float", "true", "false"),
+        *(
+            "Add",
+            "Mul",
+            "Mod",
+            "Max",
+            "Min",
+            "FloorDiv",
+            "CleanDiv",
+            "CeilDiv",
+            "PythonMod",
+            "ModularIndexing",
+        ),
+        *("Eq", "Ne", "Lt", "Le", "Gt", "Ge", "Equality", "Unequality"),
+        *("StrictGreaterThan", "StrictLessThan", "GreaterThan", "LessThan"),
+    ]
 )
 
 

@@ -73,7 +73,9 @@ def plain(model: nn.Module) -> nn.Module:
 
 def inputs_for(model: nn.Module, example_inputs: Any) -> Inputs:
     """Arguments of forward, by position and by name."""
-    given = known_inputs(model) if example_inputs is None else example_inputs
+    given = example_inputs
+    if given is None:
+        given = known_inputs(strip(model) if any(recipes(model).values()) else model)
     if given is None:
         raise ExportError(
             f"nothing says what inputs {type(model).__name__} takes, and a program is recorded by running it",
@@ -293,7 +295,7 @@ def write_onnx(model: nn.Module, path: Path, inputs: Inputs, heads: Sequence[str
     except Exception as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), "")
         raise ExportError(
-            f"torch.onnx cannot translate this {type(model).__name__}: {type(error).__name__}: {reason[:300]}",
+            f"torch.onnx cannot translate this {type(model).__name__}: {reason[:300]}",
             example="export(m, 'm.pt2', purpose='inference')",
         ) from error
 

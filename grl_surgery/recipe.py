@@ -157,7 +157,7 @@ def _graph_lines(graph: fx.Graph) -> list[str]:
     place = {node: index for index, node in enumerate(graph.nodes)}
 
     def said(node: fx.Node) -> fx.node.Argument:
-        return _Said(f"%{place[node]}")  # type: ignore[return-value]
+        return _Said(f"%{place[node]}")
 
     return [
         f"%{place[node]} = {node.op} {_target(node.target)} {_text(map_arg(node.args, said))} "

@@ -196,9 +196,9 @@ def within_memory(limit: int) -> Iterator[None]:
         yield
 
 
-class _Budget(TorchDispatchMode):
+class _Budget(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, limit: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.limit, self.left = limit, limit
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
