@@ -22,8 +22,9 @@ from grl_surgery.measurement import private_copy, tensors_in
 from grl_surgery.oracle import recipes, with_reversals
 from grl_surgery.plain_data import each, field
 from grl_surgery.program_archive import EXTRA, check_archive
-from grl_surgery.recipe import describe
+from grl_surgery.recipe import describe, tied
 from grl_surgery.reversal import GradientReversal
+from grl_surgery.spliced_module import SplicedModule
 from grl_surgery.splicing import head_names, reversals, strip
 from grl_surgery.tracing import random_state_kept
 
@@ -103,9 +104,17 @@ def write_program(model: nn.Module, path: Path, inputs: Inputs, purpose: Purpose
         "purpose": purpose,
         "reversals": list(reversals(model)),
         "heads": head_names(model),
+        "tied": tied(model),
         "recipe": _surgery_of(model),
     }
-    torch.export.save(program, path, extra_files={EXTRA: json.dumps(extra)})
+    try:
+        with _quiet():
+            torch.export.save(program, path, extra_files={EXTRA: json.dumps(extra)})
+    except Exception as error:
+        raise ExportError(
+            f"torch.export cannot save this {type(model).__name__}: {_first_line(error)}",
+            example="export(m, 'm.safetensors')",
+        ) from error
 
 
 def record(
@@ -123,15 +132,25 @@ def record(
     except SurgeryError:
         raise
     except Exception as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), "")
         raise ExportError(
-            f"torch.export cannot record this {type(model).__name__}: {type(error).__name__}: {reason[:300]}",
+            f"torch.export cannot record this {type(model).__name__}: {_first_line(error)}",
             example="export(m, 'm.pt2', dynamic=False), for one batch size; or export(m, 'm.safetensors')",
         ) from error
 
 
 def _private(model: nn.Module) -> nn.Module:
-    return private_copy(model, {})
+    """A copy over the same tensors, of a network with several graphs only the one of the present mode."""
+    private = private_copy(model, {})
+    if isinstance(private, SplicedModule) and private._traced.steering:
+        return fx.GraphModule(private, copy.deepcopy(private.graph), type(model).__name__).train(
+            model.training
+        )
+    return private
+
+
+def _first_line(error: Exception) -> str:
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {line[:300]}"
 
 
 def _surgery_of(model: nn.Module) -> dict[str, Any]:
@@ -143,11 +162,11 @@ def _surgery_of(model: nn.Module) -> dict[str, Any]:
 
 
 def _batch_sizes(inputs: Any) -> Any:
-    """The first axis of every input is free."""
-    return pytree.tree_map(
-        lambda leaf: {0: torch.export.Dim.DYNAMIC} if isinstance(leaf, torch.Tensor) and leaf.dim() else None,
-        inputs,
-    )
+    """The first axis is free, of every input that is as long there as the first one."""
+    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor) and leaf.dim()]
+    batch = tensors[0].shape[0] if tensors else None
+    free = {id(tensor) for tensor in tensors if tensor.shape[0] == batch}
+    return pytree.tree_map(lambda leaf: {0: torch.export.Dim.DYNAMIC} if id(leaf) in free else None, inputs)
 
 
 def _by_argument(model: nn.Module, shapes: Any, args: Any, kwargs: Any) -> Any:
@@ -185,9 +204,8 @@ def read_program(path: Path) -> nn.Module:
             program = torch.export.load(path)
             network: Any = program.module()
     except Exception as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), "")
         raise ExportError(
-            f"{path} is damaged or from another version of torch: {type(error).__name__}: {reason[:200]}"
+            f"{path} is damaged or from another version of torch: {_first_line(error)}"
         ) from error
     wanted = each(field(extra, "reversals", list), str, "'reversals'")
     found = _reversals_in(network.graph)
@@ -195,9 +213,21 @@ def read_program(path: Path) -> nn.Module:
         lost = sorted(set(wanted) ^ set(found))
         raise ExportError(f"the program in {path} and its recipe disagree about the reversal {lost[0]!r}")
     _as_layers(network)
+    for names in each(field(extra, "tied", list), list, "'tied'"):
+        _tie(network, each(names, str, "'tied'"))
     if program.example_inputs is not None and not program.example_inputs[1]:
         network.example_inputs = program.example_inputs[0]
     return network  # type: ignore[no-any-return]
+
+
+def _tie(network: nn.Module, names: Sequence[str]) -> None:
+    """Let these names mean one tensor again: a program holds one for each."""
+    held = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    if any(name not in held or not torch.equal(held[name], held[names[0]]) for name in names):
+        raise ExportError(f"the program has different tensors under {', '.join(names)[:200]}, which are one")
+    for name in names[1:]:
+        owner, _, attribute = name.rpartition(".")
+        setattr(network.get_submodule(owner), attribute, held[names[0]])
 
 
 def _reversals_in(graph: fx.Graph) -> dict[str, list[fx.Node]]:
@@ -293,9 +323,8 @@ def write_onnx(model: nn.Module, path: Path, inputs: Inputs, heads: Sequence[str
             assert made is not None
             made.save(str(path), external_data=False)
     except Exception as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), "")
         raise ExportError(
-            f"torch.onnx cannot translate this {type(model).__name__}: {reason[:300]}",
+            f"torch.onnx cannot translate this {type(model).__name__}: {_first_line(error)}",
             example="export(m, 'm.pt2', purpose='inference')",
         ) from error
 

@@ -15,7 +15,7 @@ import contextlib
 import math
 import numbers
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, cast
 
 import torch
@@ -80,8 +80,8 @@ class GradientReversal(nn.Module):
 
     `layer.coeff` is a 0-d float32 buffer and the only place where the coefficient lives. It is not part of
     the state_dict, so that a network has the same checkpoints with and without the layer. It follows the
-    device and dtype of the module as every buffer does (after `to_empty`, set it again), and changing its
-    value never recompiles anything.
+    device of the module as every buffer does (after `to_empty`, set it again) but stays float32 when the
+    module is cast, and changing its value never recompiles anything.
 
     Example:
         >>> layer = GradientReversal(coeff=0.5)
@@ -137,6 +137,14 @@ class GradientReversal(nn.Module):
         with torch.no_grad():
             self._own_coeff().fill_(coeff)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GradientReversal:
+        # half() and bfloat16() would round the coefficient, for good.
+        before = self.coeff
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.coeff.dtype != before.dtype:
+            self.coeff = before.to(self.coeff.device)
+        return self
+
     def extra_repr(self) -> str:
         """Returns the argument that rebuilds the layer; `?` where it has no value, as on the meta device."""
         return f"coeff={_shown(self._own_coeff())}" + ("" if self._suspended is None else ", disabled")
@@ -157,7 +165,7 @@ class GradientReversal(nn.Module):
 
     def _resume(self) -> None:
         # Only what is in the buffer moves along when the module is moved.
-        self.coeff = self._own_coeff().to(device=self.coeff.device, dtype=self.coeff.dtype)
+        self.coeff = self._own_coeff().to(self.coeff.device)
         self._suspended = None
 
 

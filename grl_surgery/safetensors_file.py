@@ -133,5 +133,5 @@ def _checksum(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
         tensor = tensors[name].reshape(-1)
         digest.update(f"{name} {tensor.dtype} {tuple(tensors[name].shape)}".encode())
         if tensor.numel():
-            digest.update(memoryview(tensor.view(torch.uint8).numpy()))
+            digest.update(tensor.view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -455,9 +455,8 @@ def test_the_repr_of_a_disabled_layer_says_so() -> None:
 def test_a_model_moved_while_disabled_comes_back_where_it_was_moved_to() -> None:
     layer = GradientReversal(0.5)
     with reversal_disabled(layer):
-        layer.to(torch.float64)
-    assert layer.coeff.dtype == torch.float64
-    assert layer.coeff.item() == 0.5
+        layer.to("meta", torch.float64)
+    assert (layer.coeff.device.type, layer.coeff.dtype) == ("meta", torch.float32)
 
 
 # --- What is refused
@@ -553,3 +552,12 @@ def test_the_backward_of_a_layer_is_a_single_kernel() -> None:
     kernels = [event.name for event in profile.events() if event.name.startswith("aten::")]
     # Tensor.to looks at the dtype and does nothing.
     assert [name for name in kernels if name != "aten::to"] == ["aten::mul"]
+
+
+@pytest.mark.parametrize("cast", [nn.Module.half, nn.Module.bfloat16, nn.Module.double])
+def test_casting_a_network_does_not_round_the_coefficient(cast) -> None:
+    layer = GradientReversal(0.3)
+    cast(nn.Sequential(layer))
+    assert layer.coeff.dtype == torch.float32
+    assert torch.equal(layer.coeff, torch.tensor(0.3))
+    assert layer.to("meta").coeff.device.type == "meta"

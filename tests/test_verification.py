@@ -291,3 +291,15 @@ def test_a_checkpoint_that_runs_again_in_the_backward_pass_leaves_no_gradient_be
     model = nn.Sequential(Checkpoints(), nn.Linear(6, 2))
     assert gs.verify_flip(gs.insert_grl(model, after="0"), model, vector()).ok
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_a_gradient_that_threads_sum_in_any_order_is_made_repeatable(mode):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        model = timm.create_model("mvitv2_tiny", img_size=64)
+        spliced = gs.insert_grl(model, after="stages.2[0]")
+        assert gs.verify_flip(spliced, model, torch.randn(2, 3, 64, 64), mode=mode).ok
+    finally:
+        torch.set_num_threads(threads)
