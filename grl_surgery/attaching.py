@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from grl_surgery.errors import SurgeryError
+from grl_surgery.generators import random_state_kept
 from grl_surgery.heads import Condition, DomainHead, Norm, build_head
 from grl_surgery.inputs import example_inputs as known_inputs
 from grl_surgery.model_graph import check_runs, shapes_at
@@ -20,7 +21,6 @@ from grl_surgery.pooling import Pool
 from grl_surgery.selection import Selector, select_points
 from grl_surgery.spliced_module import Cut
 from grl_surgery.splicing import check_model, on_same_device, patient, splice
-from grl_surgery.tracing import random_state_kept
 
 __all__ = ["attach_domain_head"]
 

@@ -105,6 +105,33 @@ InputSize = Annotated[
     typer.Option(metavar="3x64x64", help="Size of one example input, without batch.", show_default=False),
 ]
 Batch = Annotated[int, typer.Option(metavar="N", min=1, help="Inputs in a batch, with --input-size.")]
+Output = Annotated[
+    str | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FILE",
+        help="Write the network: .safetensors, .pt2, .onnx, or a folder of code.",
+        show_default=False,
+    ),
+]
+ModelOrFile = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL|FILE",
+        help="A model as for 'graph', or a .safetensors, .pt2 or folder that export wrote.",
+        show_default=False,
+    ),
+]
+MadeFrom = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="MODEL",
+        help="For a FILE of a network of your own: what makes the network.",
+        show_default=False,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 
 
@@ -196,22 +223,60 @@ def insert(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print how the generated forward changes, as a diff.")
     ] = False,
+    output: Output = None,
+    input_size: InputSize = None,
+    batch: Batch = 2,
     pretrained: Pretrained = False,
     checkpoint: Checkpoint = None,
 ) -> None:
-    """Splice reversals in and print where they are; nothing is written yet."""
-    loaded = _load(model, pretrained, checkpoint)
+    """Splice reversals in and print where they are; -o writes the result."""
+    loaded = _load(model, pretrained, checkpoint, input_size, batch)
     with _working("Splicing"):
         spliced = _splice(loaded.module, after, before, edge, coeff)
     if dry_run:
         _print_diff(spliced)
-    else:
-        _print_reversals(loaded, spliced)
+        return
+    _print_reversals(loaded, spliced)
+    if output:
+        _write(spliced, output, loaded)
+
+
+@app.command()
+def attach(
+    model: Model,
+    after: Annotated[str, typer.Option(metavar="POINT", help="The head reads this point's value.")],
+    output: Output = None,
+    name: Annotated[str, typer.Option(metavar="NAME", help="Of the head.")] = "domain",
+    num_domains: Annotated[int, typer.Option("--domains", metavar="N", help="Number of domains.")] = 2,
+    coeff: Coeff = 1.0,
+    input_size: InputSize = None,
+    batch: Batch = 2,
+    pretrained: Pretrained = False,
+    checkpoint: Checkpoint = None,
+) -> None:
+    """Attach a domain head behind a reversal and print it; -o writes the result."""
+    from grl_surgery.attaching import attach_domain_head
+
+    loaded = _load(model, pretrained, checkpoint, input_size, batch)
+    with _working("Attaching"):
+        spliced = attach_domain_head(
+            loaded.module,
+            after,
+            name=name,
+            num_domains=num_domains,
+            coeff=coeff,
+            example_inputs=loaded.example_inputs,
+        )
+    say = _stdout()
+    say.out(f"{loaded.source}: {type(loaded.module).__name__} with a head after {after}\n", highlight=False)
+    say.out(f"({name}): {spliced.get_submodule(name)}", highlight=False)
+    if output:
+        _write(spliced, output, loaded)
 
 
 @app.command()
 def verify(
-    model: Model,
+    model: ModelOrFile,
     after: After = None,
     before: Before = None,
     edge: OnEdge = None,
@@ -221,17 +286,20 @@ def verify(
     input_size: InputSize = None,
     batch: Batch = 2,
     as_json: AsJson = False,
+    made_from: MadeFrom = None,
     pretrained: Pretrained = False,
     checkpoint: Checkpoint = None,
 ) -> None:
     """Splice reversals in and prove that exactly the right gradients flip; exit with 1 if they do not.
 
-    A model that has reversals already is verified as it is, without --after.
+    A model or a file that has reversals already is verified as it is, without --after.
     """
-    loaded = _load(model, pretrained, checkpoint, input_size, batch, seed)
+    loaded = _load(model, pretrained, checkpoint, input_size, batch, seed, made_from)
     with _working("Splicing"):
         spliced = _spliced_or_as_it_is(loaded.module, after, before, edge, coeff)
-    modes: list[Literal["train", "eval"]] = ["train", "eval"] if mode is Mode.both else [mode.value]
+    modes: list[Literal["train", "eval"] | None] = ["train", "eval"] if mode is Mode.both else [mode.value]
+    if model.endswith(".pt2"):
+        modes = [None]  # a program has the mode that it was recorded in
     reports = [_verify(loaded, spliced, one, seed) for one in modes]
     ok = all(report.ok for report in reports)
     if as_json:
@@ -243,24 +311,68 @@ def verify(
 
 
 @app.command()
-def strip(
-    model: Model,
-    after: After = None,
-    before: Before = None,
-    edge: OnEdge = None,
+def export(
+    model: ModelOrFile,
+    output: Annotated[
+        str,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help=".safetensors, .pt2, .onnx, or a folder of code."
+        ),
+    ],
+    inference: Annotated[
+        bool, typer.Option("--inference", help="A .pt2 in eval mode, without reversals and heads.")
+    ] = False,
+    heads: Annotated[
+        list[str] | None,
+        typer.Option("--head", metavar="NAME", help="Keep this head's logits. May be repeated."),
+    ] = None,
+    static: Annotated[bool, typer.Option("--static", help="Only for batches of the example's size.")] = False,
     input_size: InputSize = None,
     batch: Batch = 2,
+    made_from: MadeFrom = None,
     pretrained: Pretrained = False,
     checkpoint: Checkpoint = None,
 ) -> None:
-    """Splice reversals in, take them out again, and show that the network is the one it was."""
+    """Write a network, spliced or not, in another format."""
+    loaded = _load(model, pretrained, checkpoint, input_size, batch, made_from=made_from)
+    purpose: Literal["training", "inference"] = "inference" if inference else "training"
+    _write(loaded.module, output, loaded, purpose=purpose, heads=heads or None, dynamic=not static)
+
+
+@app.command()
+def strip(
+    model: ModelOrFile,
+    after: After = None,
+    before: Before = None,
+    edge: OnEdge = None,
+    output: Output = None,
+    input_size: InputSize = None,
+    batch: Batch = 2,
+    made_from: MadeFrom = None,
+    pretrained: Pretrained = False,
+    checkpoint: Checkpoint = None,
+) -> None:
+    """Take reversals and heads out of a FILE, and write the network that it was with -o.
+
+    Of a MODEL: splice reversals in, take them out again, and show that the network is the one it was.
+    """
     from grl_surgery.splicing import strip as take_out
 
-    loaded = _load(model, pretrained, checkpoint, input_size, batch)
+    loaded = _load(model, pretrained, checkpoint, input_size, batch, made_from=made_from)
+    if _is_exported(model):
+        stripped = take_out(loaded.module)
+        tensors, before_it = len(stripped.state_dict()), len(loaded.module.state_dict())
+        counts = f"{tensors} of {before_it} tensors"
+        _stdout().out(f"{model}: {type(stripped).__name__} again, {counts}", highlight=False)
+        if output:
+            _write(stripped, output, loaded)
+        return
     with _working("Splicing and stripping"):
         stripped = take_out(_splice(loaded.module, after, before, edge, 1.0))
         checks = _compare(loaded, stripped)
     _print_checks(checks)
+    if output:
+        _write(stripped, output, loaded)
     raise typer.Exit(0 if all(same for _, same, _ in checks) else _FAILED)
 
 
@@ -282,6 +394,7 @@ def _load(
     input_size: str | None = None,
     batch: int = 2,
     seed: int = 0,
+    made_from: str | None = None,
 ) -> LoadedModel:
     """The network, made from the same random numbers in every run, with the inputs asked for."""
     size = None if input_size is None else _parse_size(input_size)
@@ -291,12 +404,54 @@ def _load(
         from grl_surgery.models import load_model
 
         torch.manual_seed(seed)
-        loaded = load_model(source, pretrained=pretrained, checkpoint=checkpoint)
+        if _is_exported(source):
+            loaded = _from_file(source, made_from, pretrained or checkpoint is not None)
+        else:
+            loaded = load_model(source, pretrained=pretrained, checkpoint=checkpoint)
     if size is None:
         return loaded
     weight = next((p for p in loaded.module.parameters() if p.is_floating_point()), torch.empty(0))
     images = torch.randn(batch, *size, generator=torch.Generator().manual_seed(seed))
     return replace(loaded, example_inputs=(images.to(weight.device, weight.dtype),))
+
+
+def _is_exported(source: str) -> bool:
+    """Whether this is a file or a folder, and no name of a model."""
+    return os.path.isdir(source) or os.path.splitext(source)[1] in (".safetensors", ".pt2", ".onnx")
+
+
+def _from_file(path: str, made_from: str | None, has_weights: bool) -> LoadedModel:
+    """The network in a file that export wrote, with example inputs for what was cut."""
+    from grl_surgery.exporting import load
+    from grl_surgery.models import LoadedModel, example_inputs, load_model
+    from grl_surgery.spliced_module import SplicedModule
+    from grl_surgery.splicing import reversals
+    from grl_surgery.splicing import strip as take_out
+
+    if has_weights:
+        raise SurgeryError(
+            f"{path} has weights of its own", example="leave out --pretrained and --checkpoint"
+        )
+    made = load_model(made_from) if made_from else None
+    module = load(path, model=None if made is None else made.module)
+    inputs = example_inputs(module) if made is None else made.example_inputs
+    if inputs is None and reversals(module) and isinstance(module, SplicedModule):
+        inputs = example_inputs(take_out(module))
+    return LoadedModel(module, path, inputs)
+
+
+def _write(model: nn.Module, output: str, loaded: LoadedModel, **options: Any) -> None:
+    """Export, and say what was written."""
+    from pathlib import Path
+
+    from grl_surgery.exporting import export as write
+
+    source = loaded.source if re.fullmatch(r"(timm|torchvision)/[\w.]+", loaded.source) else None
+    with _working(f"Writing {output}"):
+        path = write(model, output, loaded.example_inputs, source=source, **options)
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    size = sum(Path(file).stat().st_size for file in files)
+    _stdout().out(f"\nwrote {path}, {size:,} bytes, read back and compared", highlight=False)
 
 
 def _parse_size(text: str) -> tuple[int, ...]:
@@ -506,14 +661,16 @@ def _print_diff(spliced: nn.Module) -> None:
             _stdout().print(Text(line, styles.get(line[:1], "")), soft_wrap=True)
 
 
-def _verify(loaded: LoadedModel, spliced: nn.Module, mode: Literal["train", "eval"], seed: int) -> FlipReport:
+def _verify(
+    loaded: LoadedModel, spliced: nn.Module, mode: Literal["train", "eval"] | None, seed: int
+) -> FlipReport:
     from grl_surgery.verification import verify_flip
 
     if loaded.example_inputs is None:
         raise SurgeryError(f"nothing says what inputs {loaded.source} takes", example=_INPUTS)
     reference = None if spliced is loaded.module else loaded.module
     try:
-        with _working(f"Verifying in {mode} mode"):
+        with _working(f"Verifying in {mode or 'its own'} mode"):
             return verify_flip(spliced, reference, loaded.example_inputs, mode=mode, seed=seed)
     except SurgeryError:
         raise

@@ -14,7 +14,8 @@ from grl_surgery.errors import AmbiguousPointError, PointNotFoundError, ShapeErr
 from grl_surgery.links import is_size, links, rewrite
 from grl_surgery.points import Edge, enclosing, match_name, near_names, split_items
 from grl_surgery.spliced_module import Cut, SplicedModule
-from grl_surgery.tracing import Trace, boundary, module_paths, trace
+from grl_surgery.tracer import boundary
+from grl_surgery.tracing import Trace, module_paths, trace
 
 __all__ = ["apply_cuts", "modules_to_open", "replace_item", "retrace"]
 

@@ -14,6 +14,7 @@ from grl_surgery import programs
 from grl_surgery.atomic_files import write_file, write_folder
 from grl_surgery.code_folder import WEIGHTS, check_folder, is_ours, write_code
 from grl_surgery.errors import ExportError
+from grl_surgery.generators import random_state_kept
 from grl_surgery.programs import Purpose
 from grl_surgery.safetensors_file import check_checkpoint, read_checkpoint, write_checkpoint
 from grl_surgery.splicing import check_model, head_names
@@ -81,20 +82,26 @@ def export(
             "heads= chooses outputs of a program for inference; this format keeps all heads as they are",
             example="export(m, 'm.onnx', heads=['domain'])",
         )
-    if file.suffix == ".safetensors":
-        write = functools.partial(write_checkpoint, model, source=source, options=options)
-        write_file(file, write, functools.partial(check_checkpoint, model))
-    elif file.suffix:
-        _export_program(model, file, example_inputs, purpose, heads or (), dynamic)
-    else:
-        inputs = programs.inputs_for(model, example_inputs)
-        write_folder(
-            file,
-            functools.partial(write_code, model, inputs=inputs, source=source, options=options),
-            functools.partial(check_folder, model, inputs=inputs),
-            is_ours,
-        )
+    with random_state_kept():
+        if file.suffix == ".safetensors":
+            write = functools.partial(write_checkpoint, model, source=source, options=options)
+            write_file(file, write, functools.partial(check_checkpoint, model))
+        elif file.suffix:
+            _export_program(model, file, example_inputs, purpose, heads or (), dynamic)
+        else:
+            _export_folder(model, file, programs.inputs_for(model, example_inputs), source, options)
     return file
+
+
+def _export_folder(
+    model: nn.Module,
+    file: Path,
+    inputs: programs.Inputs,
+    source: str | None,
+    options: Mapping[str, Any] | None,
+) -> None:
+    write = functools.partial(write_code, model, inputs=inputs, source=source, options=options)
+    write_folder(file, write, functools.partial(check_folder, model, inputs=inputs), is_ours)
 
 
 def _is_training(file: Path, purpose: Purpose) -> bool:
@@ -156,7 +163,8 @@ def load(
     if not file.is_file():
         raise ExportError(f"there is no file {os.fspath(file)!r}")
     if file.suffix == ".safetensors":
-        return read_checkpoint(file, model, heads)
+        with random_state_kept():
+            return read_checkpoint(file, model, heads)
     if file.suffix == ".onnx":
         raise ExportError(
             f"{file} is for ONNX Runtime, and has nothing to train",

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from grl_surgery.tracing import check_fixed
+from grl_surgery.tracer import check_fixed
 
 __all__ = ["forward_lines"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from grl_surgery.tracing import boundary
+from grl_surgery.tracer import boundary
 
 __all__ = ["is_size", "links", "origin", "rewrite"]
 

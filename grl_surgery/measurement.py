@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from grl_surgery.generators import random_state_kept
 from grl_surgery.reversal import GradientReversal
 from grl_surgery.sharing import share_copy
-from grl_surgery.tracing import random_state_kept
 
 __all__ = ["Experiment", "Passage", "Run", "private_copy", "repeatable", "watching"]
 

@@ -21,7 +21,8 @@ from grl_surgery.links import links, origin
 from grl_surgery.points import Edge, GraphNode
 from grl_surgery.sharing import share_copy
 from grl_surgery.spliced_module import Cut, SplicedModule
-from grl_surgery.tracing import boundary, is_building_block, operation, trace
+from grl_surgery.tracer import boundary, operation
+from grl_surgery.tracing import is_building_block, trace
 
 __all__ = ["ModelGraph", "bind_inputs", "describe", "edges_into"]
 

@@ -7,6 +7,7 @@ import copy
 import importlib
 import inspect
 import json
+import types
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from grl_surgery.errors import ExportError, SurgeryError
+from grl_surgery.generators import random_state_kept
 from grl_surgery.inputs import example_inputs as known_inputs
 from grl_surgery.measurement import private_copy, tensors_in
 from grl_surgery.oracle import recipes, with_reversals
@@ -26,7 +28,6 @@ from grl_surgery.recipe import describe, tied
 from grl_surgery.reversal import GradientReversal
 from grl_surgery.spliced_module import SplicedModule
 from grl_surgery.splicing import head_names, reversals, strip
-from grl_surgery.tracing import random_state_kept
 
 __all__ = [
     "check_onnx",
@@ -105,6 +106,7 @@ def write_program(model: nn.Module, path: Path, inputs: Inputs, purpose: Purpose
         "reversals": list(reversals(model)),
         "heads": head_names(model),
         "tied": tied(model),
+        "training": model.training,
         "recipe": _surgery_of(model),
     }
     try:
@@ -215,9 +217,32 @@ def read_program(path: Path) -> nn.Module:
     _as_layers(network)
     for names in each(field(extra, "tied", list), list, "'tied'"):
         _tie(network, each(names, str, "'tied'"))
+    _fix_mode(network, field(extra, "training", bool))
     if program.example_inputs is not None and not program.example_inputs[1]:
         network.example_inputs = program.example_inputs[0]
     return network  # type: ignore[no-any-return]
+
+
+def _fix_mode(network: nn.Module, training: bool) -> None:
+    """Give the program the mode that it was recorded in; there is nothing in it that could change."""
+    for module in network.modules():
+        module.training = training
+    network.__dict__["train"] = types.MethodType(_train, network)
+    network.__dict__["eval"] = types.MethodType(_eval, network)
+
+
+def _train(self: nn.Module, mode: bool = True) -> nn.Module:
+    if mode == self.training:
+        return self
+    modes = {True: "train", False: "eval"}
+    raise SurgeryError(
+        f"this program was recorded in {modes[self.training]} mode and has no other",
+        example=f"export(m.{modes[mode]}(), 'm.pt2') before",
+    )
+
+
+def _eval(self: nn.Module) -> nn.Module:
+    return _train(self, False)
 
 
 def _tie(network: nn.Module, names: Sequence[str]) -> None:

@@ -24,7 +24,7 @@ from grl_surgery.sharing import share_copy
 from grl_surgery.sources import build_source, find_source, module_lines, within_memory
 from grl_surgery.spliced_module import Cut, SplicedModule
 from grl_surgery.splicing import reversals, strip
-from grl_surgery.tracing import check_fixed
+from grl_surgery.tracer import check_fixed
 
 __all__ = ["FORMAT", "Recipe", "coefficients", "describe", "rebuild", "same_tensors", "tied"]
 

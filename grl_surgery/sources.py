@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grl_surgery.errors import ExportError, SurgeryError
+from grl_surgery.generators import random_state_kept
 from grl_surgery.models import load_model
-from grl_surgery.tracing import random_state_kept
 
 __all__ = ["build_source", "find_source", "module_lines", "within_memory"]
 

@@ -150,7 +150,9 @@ def test_help_and_usage_errors_import_no_torch(words: list[str]) -> None:
 def test_help_names_every_command_and_the_forms_of_a_model(command: Command) -> None:
     done = command("--help")
     assert done.code == 0
-    assert re.findall(r"^│ ([a-z]\w*) ", done.out, re.M) == ["graph", "insert", "verify", "strip", "demo"]
+    assert re.findall(r"^│ ([a-z]\w*) ", done.out, re.M) == [
+        *("graph", "insert", "attach", "verify", "export", "strip", "demo")
+    ]
     assert "file.py:factory" in done.out
 
 
@@ -669,3 +671,48 @@ def test_no_color_is_respected(networks: str) -> None:
     written = _in_a_terminal(["graph", f"{networks}:net"], NO_COLOR="1")
     assert "blocks" in written
     assert not _COLOUR.search(written)
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+@pytest.mark.parametrize("name", ["m.safetensors", "m.pt2", "folder"])
+def test_what_insert_writes_is_verified_from_the_file(command: Command, tmp_path: Path, name: str) -> None:
+    file = str(tmp_path / name)
+    done = command("insert", "timm/test_resnet", "--after", "layer2", "--input-size", "3x32x32", "-o", file)
+    assert done.code == 0, done.err
+    assert re.search(rf"wrote {re.escape(file)}, [\d,]+ bytes, read back and compared", done.out)
+    done = command("verify", file)
+    assert done.code == 0, done.err
+    assert "24 of 24 upstream parameters flipped, bit for bit" in done.out
+
+
+def test_a_file_is_written_in_another_format_and_stripped(command: Command, tmp_path: Path) -> None:
+    one, other, plain = (str(tmp_path / name) for name in ("m.safetensors", "m.onnx", "plain.safetensors"))
+    assert command("attach", "timm/test_resnet", "--after", "global_pool", "-o", one).code == 0
+    done = command("export", one, "-o", other, "--head", "domain", "--input-size", "3x32x32")
+    assert done.code == 0, done.err
+    done = command("strip", one, "-o", plain)
+    assert done.code == 0, done.err
+    assert "ResNet again, 92 of 98 tensors" in done.out
+    assert type(grl_surgery.load(plain)).__name__ == "ResNet"
+
+
+def test_a_file_of_a_network_of_ones_own_is_verified_with_what_makes_it(
+    command: Command, networks: str, tmp_path: Path
+) -> None:
+    file = str(tmp_path / "m.safetensors")
+    assert command("insert", f"{networks}:net", "--after", "first", "-o", file).code == 0
+    refused = command("verify", file)
+    assert refused.code == 2
+    assert "does not say how to make" in refused.err
+    done = command("verify", file, "--model", f"{networks}:net")
+    assert done.code == 0, done.err
+
+
+def test_a_damaged_file_is_one_message_and_exit_status_2(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "m.safetensors").write_bytes(b"damaged by somebody")
+    refused = command("verify", str(tmp_path / "m.safetensors"))
+    assert refused.code == 2
+    assert "is no safetensors file" in refused.err
+    assert "Traceback" not in refused.err

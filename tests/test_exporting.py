@@ -247,8 +247,8 @@ def test_conditional_heads_come_back(condition: Any, tmp_path: Path) -> None:
 def test_another_model_is_refused_with_the_difference_named(tmp_path: Path) -> None:
     model = timm.create_model("test_resnet")
     path = gs.export(gs.insert_grl(model, after="layer2"), tmp_path / "m.safetensors")
-    changed = timm.create_model("test_resnet", act_layer=nn.GELU)
-    with pytest.raises(gs.ExportError, match=r"ReLU(.|\n)*here: .*GELU"):
+    changed = timm.create_model("test_resnet", act_layer=nn.SiLU)
+    with pytest.raises(gs.ExportError, match=r"ReLU(.|\n)*here: .*SiLU"):
         gs.load(path, model=changed)
 
 
@@ -275,7 +275,7 @@ def test_another_version_with_the_same_graph_is_a_warning_and_else_named_in_the_
     with pytest.warns(UserWarning, match=r"timm .* in the file, 9.9 here.*a last bit may differ"):
         gs.load(path)
     with pytest.raises(gs.ExportError, match=r"differently here .*timm .* in the file, 9.9 here"):
-        gs.load(path, model=timm.create_model("test_resnet", act_layer=nn.GELU))
+        gs.load(path, model=timm.create_model("test_resnet", act_layer=nn.SiLU))
 
 
 def test_what_would_not_come_back_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
@@ -326,7 +326,9 @@ def test_a_program_that_is_decomposed_still_reverses() -> None:
     program = record(m, inputs_for(m, CASES["cnn"].inputs)).run_decompositions()
     with_reversal = program.module()
     x = CASES["cnn"].inputs
-    gradient = torch.autograd.grad(with_reversal(x)[0].sum(), with_reversal.conv1[0].weight)[0]
+    gradient = torch.autograd.grad(with_reversal(x)[0].sum(), with_reversal.get_parameter("conv1.0.weight"))[
+        0
+    ]
     reference = copy.deepcopy(model)
     reference(x).sum().backward()
     torch.testing.assert_close(gradient, reference.conv1[0].weight.grad * -0.3, rtol=1e-3, atol=1e-6)
@@ -343,6 +345,9 @@ def test_a_program_of_the_present_mode_is_recorded(tmp_path: Path) -> None:
     m = gs.insert_grl(small_networks.Modes(), after="body").eval()
     again = gs.load(gs.export(m, tmp_path / "m.pt2", small_networks.vector()))
     assert torch.equal(again(small_networks.vector()), m(small_networks.vector()))
+    assert gs.verify_flip(again.eval(), mode="eval").mode == "eval"
+    with pytest.raises(gs.SurgeryError, match="was recorded in eval mode and has no other"):
+        again.train()
 
 
 def test_a_pasted_reversal_that_export_would_lose_is_noticed(

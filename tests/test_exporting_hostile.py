@@ -101,7 +101,7 @@ def test_a_zip_with_a_pickle_in_it_is_refused_as_a_checkpoint(tmp_path: Path) ->
 
 def test_a_checkpoint_cut_off_anywhere_is_refused(checkpoint: bytes, tmp_path: Path) -> None:
     for end in (0, 1, 7, 8, 9, 1000, len(checkpoint) // 2, len(checkpoint) - 1):
-        with pytest.raises(gs.ExportError, match="is damaged|is no safetensors file"):
+        with pytest.raises(gs.ExportError, match=r"is damaged|is no safetensors file"):
             gs.load(written(tmp_path / "m.safetensors", checkpoint[:end]))
 
 
@@ -301,7 +301,7 @@ PROGRAMS = {
     ),
     "a size that is code": (
         _replace("models/model.json", r'"expr_str": ?"[^"]*"', '"expr_str": "__import__(\'os\').getcwd()"'),
-        "has the size '__import__",
+        r"has the size .__import__",
     ),
     "guards that are code": (
         _replace("models/model.json", r'"guards_code": ?\[\]', '"guards_code": ["print(1)"]'),
@@ -335,13 +335,14 @@ def test_a_program_that_would_unpack_to_any_size_is_refused(program: bytes, tmp_
         lambda members: members.update({"m/data/weights/weight_0": bytes(10**7)}),
         compression=zipfile.ZIP_DEFLATED,
     )
-    with pytest.raises(gs.ExportError, match="which export never|is compressed"):
+    with pytest.raises(gs.ExportError, match=r"which export never|is compressed"):
         gs.load(path)
 
 
 def test_a_program_cut_off_or_with_a_flipped_bit_is_refused(program: bytes, tmp_path: Path) -> None:
     for end in (0, 10, len(program) // 2, len(program) - 30):
-        with pytest.raises(gs.ExportError, match=r"is damaged or no \.pt2 archive"):
+        # In half of it, the last archive that is complete may be the one of the example inputs.
+        with pytest.raises(gs.ExportError, match=r"is damaged or no \.pt2 archive|which export never writes"):
             gs.load(written(tmp_path / "m.pt2", program[:end]))
     with zipfile.ZipFile(io.BytesIO(program)) as archive:
         large = [row for row in archive.infolist() if row.file_size > 300]

@@ -1,0 +1,75 @@
+"""Calls of an autograd.Function in a traced forward: recorded whole, with their backward."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+__all__ = ["FunctionCall", "functions_kept"]
+
+
+class FunctionCall:
+    """A call of an autograd.Function, with what torch.fx needs to write it down under the function's name."""
+
+    def __init__(self, kind: type[torch.autograd.Function]) -> None:
+        self.kind = kind
+        self.__name__ = self.__qualname__ = kind.__name__
+        self.__module__ = __name__  # under a name of torch's own it would be taken for the class
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Apply the function."""
+        return self.kind.apply(*args, **kwargs)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FunctionCall) and other.kind is self.kind
+
+    def __hash__(self) -> int:
+        return hash(self.kind)
+
+
+@contextlib.contextmanager
+def functions_kept(tracer: fx.Tracer) -> Iterator[None]:
+    """Record a call of an autograd.Function as one operation: traced into, it would lose its backward.
+
+    ``apply`` is a built-in that may have been looked up long ago; the forward is looked up at each call.
+    """
+    held = [
+        (kind, name, kind.__dict__[name])
+        for kind in _subclasses(torch.autograd.Function)
+        for name in ("forward", "setup_context")
+        if name in kind.__dict__
+    ]
+    for kind, name, original in held:
+        setattr(kind, name, staticmethod(_recording(tracer, kind, name, original.__get__(None, kind))))
+    try:
+        yield
+    finally:
+        for kind, name, original in held:
+            setattr(kind, name, original)
+
+
+def _subclasses(kind: type[torch.autograd.Function]) -> Iterator[type[torch.autograd.Function]]:
+    for subclass in type.__subclasses__(kind):
+        if not subclass.__module__.startswith("torch._library"):  # behind operators, which torch.fx records
+            yield subclass
+            yield from _subclasses(subclass)
+
+
+def _recording(tracer: fx.Tracer, kind: Any, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward that leaves one node for its Function where it is given proxies."""
+    with_context = kind.setup_context is torch.autograd.Function.setup_context
+
+    def record(*args: Any) -> Any:
+        inputs = args[1:] if with_context or name == "setup_context" else args
+        if not any(isinstance(value, fx.Proxy) for value in pytree.tree_leaves(inputs)):
+            return original(*args)
+        if name == "setup_context":
+            return None
+        return tracer.create_proxy("call_function", FunctionCall(kind), inputs, {})
+
+    return record

@@ -1,0 +1,61 @@
+"""The modules that a trace runs on: copies, so that the network itself is never touched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import fx, nn
+
+from grl_surgery.sharing import share_copy
+
+__all__ = ["Flag", "trace_copy"]
+
+
+def trace_copy(model: nn.Module, opened: frozenset[str], mode: bool | None) -> nn.Module:
+    """The opened modules and their children, on which the forwards run instead of on the model.
+
+    Each flag is moved from the instance to where torch.fx sees an attribute being read. What lies inside a
+    module that stays one call can be reached but is not listed: torch.fx would walk through all of it.
+    """
+    near = {path: model.get_submodule(path) for path in opened}
+    for path in opened:
+        near.update(_children(path, near[path]))
+    copy = share_copy(model, only=list(dict.fromkeys(near.values())))
+    for path in near:
+        module = copy.get_submodule(path)
+        flag = module.__dict__.pop("training", None)
+        if flag is not None:
+            module._buffers["training"] = Flag(path, flag if mode is None else mode)  # type: ignore[assignment]
+    for path in near.keys() - opened:
+        module = copy.get_submodule(path)
+        if not _is_list(module):
+            module.__dict__["_modules"] = _Unlisted(module._modules)
+    return copy
+
+
+def _children(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that the forward of ``module`` may call: its children, and what its lists of modules hold."""
+    for name, child in module.named_children():
+        inner = f"{path}.{name}" if path else name
+        yield inner, child
+        if _is_list(child):
+            yield from _children(inner, child)
+
+
+def _is_list(module: nn.Module) -> bool:
+    return isinstance(module, (nn.ModuleList, nn.ModuleDict)) and not isinstance(module, fx.GraphModule)
+
+
+class _Unlisted(dict[str, Any]):
+    """Children that can be looked up but are passed over when a tree is walked."""
+
+    def items(self) -> Any:
+        return ()
+
+
+class Flag(NamedTuple):
+    """Stands for the ``training`` of the module at ``path``."""
+
+    path: str
+    value: bool

@@ -1,0 +1,345 @@
+"""The torch.fx tracer: opens some modules, names every node, refuses what a graph would lose."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import os
+import sys
+from collections.abc import Callable, Collection
+from types import FrameType, FunctionType
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from grl_surgery.errors import TracingError
+from grl_surgery.points import escape
+from grl_surgery.trace_copy import Flag
+
+__all__ = ["KeywordOnlyCodeGen", "Stopped", "Tracer", "boundary", "check_fixed", "operation"]
+
+
+class Stopped(Exception):
+    """Tracing came to an end inside the forward of the module at ``path``."""
+
+    def __init__(self, message: str, path: str) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+def boundary(value: Any) -> Any:
+    """Marks in a graph where a value enters or leaves a traced module; taken out before the graph runs."""
+    return value
+
+
+def check_fixed(value: Any, name: str, default: Any) -> Any:
+    """Refuse another value than the default for an argument that tracing has fixed."""
+    if isinstance(value, fx.Proxy) or value is default or (type(value) is type(default) and value == default):
+        return value
+    raise TracingError(
+        f"the argument {name!r} steers what forward does, so surgery fixed it at its default {default!r}; "
+        f"got {value if isinstance(value, (bool, int, float, str)) else type(value).__name__!r}",
+        example=f"insert_grl(model, ..., example_inputs={{..., {name!r}: value}}) keeps it an argument",
+    )
+
+
+_FIXED = (bool, str, type(None))
+_NUMBERS = (int, float, complex)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class _Stored(fx.Proxy):
+    """A parameter or a buffer: its shape is known, and forwards do look at it."""
+
+    shape: torch.Size
+
+    def __init__(self, node: fx.Node, tracer: fx.Tracer, tensor: torch.Tensor) -> None:
+        super().__init__(node, tracer)
+        self.__dict__.update(shape=tensor.shape, ndim=tensor.ndim, dtype=tensor.dtype)
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    nelement = numel
+
+
+class Tracer(fx.Tracer):
+    """Traces the opened modules only, and writes down for each node where it came from."""
+
+    proxy_buffer_attributes = True  # a buffer read as a plain tensor would be updated for real
+
+    def __init__(
+        self,
+        model: nn.Module,
+        opened: frozenset[str],
+        given: Collection[str],
+        constants: dict[str, torch.Tensor],
+        numbers_fixed: bool,
+        whole: tuple[FunctionType, ...],
+        moved: Callable[[], bool],
+    ) -> None:
+        super().__init__(autowrap_functions=whole)
+        self.model, self.opened, self.given, self.constants = model, opened, given, constants
+        self.numbers_fixed, self.moved = numbers_fixed, moved
+        self.steering: set[str] = set()
+        self.has_numbers = False
+        self.inside = [""]
+        self.calls = 0
+
+    @functools.cached_property
+    def near(self) -> dict[int, str]:
+        """Path of every module in the copy that is traced."""
+        return {id(module): path for path, module in self.root.named_modules()}
+
+    @functools.cached_property
+    def far(self) -> dict[int, str]:
+        """Path of every module in the model; what lies deep inside a call is there and not in the copy."""
+        return {id(module): path for path, module in self.model.named_modules()}
+
+    @functools.cached_property
+    def tensors(self) -> dict[int, str]:
+        """Name of every parameter and buffer."""
+        named = (*self.model.named_parameters(), *self.model.named_buffers())
+        return {id(tensor): name for name, tensor in named}
+
+    # -- structure
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Everything that was not opened stays one call."""
+        return module_qualified_name not in self.opened
+
+    def path_of_module(self, mod: nn.Module) -> str:
+        """The path of a module, wherever in the network it lies."""
+        path = self.near.get(id(mod), None)
+        path = self.far.get(id(mod)) if path is None else path
+        if path is None:
+            raise RuntimeError(f"it calls a {type(mod).__name__} that is not a submodule of the network")
+        return path
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """One node for a call; for an opened module its forward, between marks."""
+        path = self.path_of_module(m)
+        if path not in self.opened:
+            return super().call_module(m, forward, args, kwargs)
+        self.inside.append(path)
+        _refuse_hooks(m, path)
+        self.calls += 1
+        call = self.calls
+        named = [(str(index), value) for index, value in enumerate(args)]
+        marked = {arg: self.mark(value, path, call, arg) for arg, value in [*named, *kwargs.items()]}
+        args = tuple(marked[str(index)] for index in range(len(args)))
+        kwargs = {key: marked[key] for key in kwargs}
+        result = super().call_module(m, forward, args, kwargs)
+        self.refuse_randomness()
+        self.inside.pop()
+        return self.mark(result, path, call, None)
+
+    def mark(self, value: Any, path: str, call: int, arg: str | None, items: tuple[Any, ...] = ()) -> Any:
+        """Wrap each proxy in ``value`` in a boundary node of one call of the module at ``path``."""
+        if isinstance(value, fx.Proxy):
+            proxy = self.create_proxy("call_function", boundary, (value,), {})
+            proxy.node.meta.update(
+                base=escape(path), call=call, boundary="out" if arg is None else "in", arg=arg, items=items
+            )
+            return proxy
+        if type(value) in (tuple, list):
+            return type(value)(self.mark(v, path, call, arg, (*items, i)) for i, v in enumerate(value))
+        if type(value) is dict:
+            return {k: self.mark(v, path, call, arg, (*items, k)) for k, v in value.items()}
+        return value
+
+    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A node that knows its name and the line it comes from."""
+        node = super().create_node(kind, target, *args, **kwargs)
+        node.meta.pop("nn_module_stack", None)
+        node.meta.update(base=self.base_name(node), line=_line_of_forward())
+        return node
+
+    def base_name(self, node: fx.Node) -> str:
+        """The node's name before things that share it are numbered."""
+        if node.op in ("call_module", "get_attr", "placeholder", "output"):
+            return escape(str(node.target))
+        if _is_item(node):
+            source, key = node.args
+            return f"{source.meta['base']}[{key}]"  # type: ignore[union-attr]
+        prefix = f"{escape(self.scope.module_path)}." if self.scope.module_path else ""
+        return prefix + operation(node)
+
+    # -- values
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        """A proxy for each parameter and buffer; a mode flag as it is, but noticed."""
+        if isinstance(attr_val, Flag):
+            self.steering.add(attr_val.path)
+            return attr_val.value
+        name = self.tensors.get(id(attr_val)) if isinstance(attr_val, torch.Tensor) else None
+        if name is None:
+            return super().getattr(attr, attr_val, parameter_proxy_cache)
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = _Stored(self.create_node("get_attr", name, (), {}), self, attr_val)
+        return parameter_proxy_cache[name]
+
+    def create_arg(self, a: Any) -> Any:
+        """What stands for a value in a node's arguments."""
+        if isinstance(a, torch.Tensor):
+            return self.constant(a)
+        if isinstance(a, dict) and type(a) is not dict:
+            return self.mapping(a)
+        return super().create_arg(a)
+
+    def constant(self, tensor: torch.Tensor) -> fx.Node:
+        """A tensor that is no proxy: read past its module, an attribute, or made by the forward."""
+        name = self.tensors.get(id(tensor)) or self.tensor_attrs.get(tensor)
+        if name is None and tensor.requires_grad:
+            raise TypeError("a tensor computed from a parameter would be frozen at its present value")
+        if name is None:
+            held = (key for key, value in self.constants.items() if torch.equal(value, tensor))
+            name = next((k for k in held if self.constants[k].dtype == tensor.dtype), None)
+        if name is None:
+            name = f"_constant_{len(self.constants)}"
+            self.constants[name] = tensor
+            setattr(self.root, name, tensor)
+        return self.create_node("get_attr", name, (), {})
+
+    def mapping(self, value: dict[str, Any]) -> fx.Node:
+        """A dict of a class of its own (OrderedDict, a ModelOutput): built again by that class."""
+        items = [(key, self.create_arg(item)) for key, item in value.items()]
+        if hasattr(type(value), "__dataclass_fields__"):
+            return self.create_node("call_function", type(value), (), dict(items))
+        return self.create_node("call_function", type(value), (items,), {})
+
+    # -- arguments of the root
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[[], Any], list[Any]]:
+        """The root's forward, given proxies for its arguments, and its checks afterwards."""
+        _, *parameters = inspect.signature(root_fn).parameters.values()
+        positional: list[Any] = []
+        keywords: dict[str, Any] = {}
+        for parameter in parameters:
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                continue
+            value = self.argument(parameter)
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                keywords[parameter.name] = value
+            else:
+                positional.append(value)
+        if keywords:
+            self.graph.set_codegen(KeywordOnlyCodeGen(len(positional)))
+        self.inside = [""]
+
+        def run() -> Any:
+            result = root_fn(self.root, *positional, **keywords)
+            self.refuse_randomness()
+            for path in self.opened:
+                _refuse_assignment(self.root.get_submodule(path), path)
+            return result
+
+        return run, []
+
+    def argument(self, parameter: inspect.Parameter) -> Any:
+        """A proxy for one argument, or its default where that steers the forward."""
+        name, default = parameter.name, parameter.default
+        if default is parameter.empty:
+            return self.create_proxy("placeholder", name, (), {})
+        node = self.create_proxy("placeholder", name, (default,), {})
+        if name in self.given:
+            return node
+        is_number = isinstance(default, _NUMBERS) and not isinstance(default, bool)
+        self.has_numbers |= is_number
+        if isinstance(default, torch.Tensor) or (is_number and not self.numbers_fixed):
+            return node
+        check = self.create_proxy("call_function", check_fixed, (node, name, default), {})
+        del check.node.meta["base"]  # no point: nothing flows through it
+        return default
+
+    # -- what stops it
+
+    def refuse_randomness(self) -> None:
+        """A number drawn while tracing would be the same in every run."""
+        if self.moved():
+            raise RuntimeError("it draws random numbers in Python, which a graph would freeze")
+
+    def stopped(self, error: Exception) -> Stopped:
+        """The error with the innermost module whose forward was being traced."""
+        path = self.inside[-1]
+        module = self.root.get_submodule(path)
+        where = f"{path!r}" if path else "the root"
+        reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+        message = f"the forward of {where} ({type(module).__name__}) cannot be traced: {reason}"
+        return Stopped(message, path)
+
+
+def _refuse_hooks(module: nn.Module, path: str) -> None:
+    """A traced forward is not called through its module any more, so its hooks would never run."""
+    held = [kind.strip("_").replace("_", " ") for kind in _HOOKS if getattr(module, kind)]
+    if held:
+        raise RuntimeError(f"{path!r} has {' and '.join(held)}, which would be lost")
+    if "forward" in module.__dict__:
+        raise RuntimeError(f"{path!r} has a forward set on the instance, which would be lost")
+
+
+def _refuse_assignment(module: nn.Module, path: str) -> None:
+    """A value that a forward stores on its module would be stored while tracing, and never again."""
+    for holder in (module.__dict__, module._buffers, module._parameters):
+        for name, value in holder.items():
+            if isinstance(value, fx.Proxy):
+                where = f"{path}.{name}" if path else name
+                raise RuntimeError(f"it assigns self.{name}, and a graph would leave {where!r} as it is")
+
+
+# ---------------------------------------------------------------------------------------- node names
+
+
+def _is_item(node: fx.Node) -> bool:
+    """Whether the node picks one item, by a constant key, out of another node's value."""
+    if node.op != "call_function" or getattr(node.target, "__name__", "") != "getitem":
+        return False
+    source, key = (*node.args, None, None)[:2]
+    return isinstance(source, fx.Node) and type(key) in (int, str) and "base" in source.meta
+
+
+def operation(node: fx.Node) -> str:
+    """What an operation is called: ``add``, ``flatten``, ``view``; attribute reads by the attribute."""
+    if node.op == "call_method":
+        return str(node.target)
+    name = str(getattr(node.target, "__name__", None) or type(node.target).__name__)
+    if name == "getattr" and len(node.args) > 1:
+        return str(node.args[1])
+    return name.strip("_") if name.startswith("__") else name
+
+
+TORCH = os.path.dirname(torch.__file__) + os.sep
+_MACHINERY = (f"{TORCH}fx", __file__, os.path.join(os.path.dirname(__file__), "function_calls.py"))
+
+
+def _line_of_forward() -> tuple[str, int]:
+    """The line of the network's code that is being traced."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(_MACHINERY):
+        frame = frame.f_back
+    return (frame.f_code.co_filename, frame.f_lineno) if frame else ("", 0)
+
+
+class KeywordOnlyCodeGen(fx.graph.CodeGen):
+    """Writes a forward whose arguments after the first ``positional`` ones are keyword-only."""
+
+    def __init__(self, positional: int) -> None:
+        super().__init__()
+        self.positional = positional
+
+    def gen_fn_def(self, free_vars: list[str], *args: Any, **kwargs: Any) -> str:
+        """The line with ``def``."""
+        named = [*free_vars[: self.positional], "*", *free_vars[self.positional :]]
+        return super().gen_fn_def(named, *args, **kwargs)
