@@ -13,6 +13,7 @@ from torch.fx.node import map_arg
 
 from grl_surgery.errors import TracingError
 from grl_surgery.points import Edge
+from grl_surgery.reversal import GradientReversal
 from grl_surgery.sharing import share_copy
 from grl_surgery.tracing import Flags, Trace
 
@@ -123,6 +124,12 @@ class SplicedModule(fx.GraphModule):
         kind._variants = variants  # type: ignore[attr-defined]
         kind.forward = _forward_by_mode
         return code
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What DistributedDataParallel need not broadcast: coefficients, which every process sets itself."""
+        layers = (path for path, module in self.named_modules() if isinstance(module, GradientReversal))
+        return [f"{path}.coeff" for path in layers]
 
     # -- copies
 

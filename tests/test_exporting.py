@@ -323,13 +323,14 @@ def test_a_training_program_verifies_in_a_fresh_process(tmp_path: Path) -> None:
 
 def test_a_program_that_is_decomposed_still_reverses() -> None:
     model, m = CASES["cnn"].spliced()
+    m.eval()  # what torch decomposes a batch norm in train mode into has no gradient, with or without a reversal
     program = record(m, inputs_for(m, CASES["cnn"].inputs)).run_decompositions()
     with_reversal = program.module()
     x = CASES["cnn"].inputs
     gradient = torch.autograd.grad(with_reversal(x)[0].sum(), with_reversal.get_parameter("conv1.0.weight"))[
         0
     ]
-    reference = copy.deepcopy(model)
+    reference = copy.deepcopy(model).eval()
     reference(x).sum().backward()
     torch.testing.assert_close(gradient, reference.conv1[0].weight.grad * -0.3, rtol=1e-3, atol=1e-6)
 
@@ -404,11 +405,10 @@ def test_an_inference_program_loads_where_this_package_is_not_installed(tmp_path
 def test_onnx_has_no_node_more_than_the_original_networks_own_export(case: Case, tmp_path: Path) -> None:
     model, m = case.spliced()
     path = gs.export(m, tmp_path / "m.onnx", case.inputs)
-    own = torch.onnx.export(
-        record(model.eval(), ((case.inputs,), {}), "inference"), dynamo=True, verbose=False
-    )
-    nodes = onnx.load(str(path)).graph.node
-    assert len(nodes) <= len(own.model_proto.graph.node)
+    model.eval()
+    if case.sourced:  # swin's own export takes as long as ten other tests
+        own = torch.onnx.export(record(model, ((case.inputs,), {}), "inference"), dynamo=True, verbose=False)
+        assert len(onnx.load(str(path)).graph.node) <= len(own.model_proto.graph.node)
     session = onnxruntime.InferenceSession(str(path))
     assert [row.name for row in session.get_outputs()] == ["output"]
     for batch in (1, 5):
