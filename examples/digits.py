@@ -147,8 +147,8 @@ def _mnist(root: Path, generator: torch.Generator) -> tuple[tuple[Tensor, Tensor
     except (RuntimeError, OSError) as error:
         raise SystemExit(
             f"--data mnist: MNIST is not in {root} and could not be downloaded ({error}).\n"
-            f"Where there is a network, run this again; or copy MNIST's four files into {root / 'MNIST/raw'}; "
-            "or use --data digits, which needs no network."
+            "Where there is a network, run this again; or copy MNIST's four files into "
+            f"{root / 'MNIST/raw'}; or use --data digits, which needs no network."
         ) from error
     return tuple((s.data[:, None].float() / 255.0, s.targets.long()) for s in sets)  # type: ignore[return-value]
 
@@ -194,7 +194,7 @@ def _at_most(image: Tensor, height: int) -> Tensor:
 
 
 def _patches(pictures: list[Tensor], part: str, count: int, generator: torch.Generator) -> Tensor:
-    """Random crops (B, 3, 28, 28): for training from the left 70% of each picture, for tests from the rest."""
+    """Random crops (B, 3, 28, 28): in training of the left 70% of each picture, in tests of the rest."""
     patches = []
     for which in torch.randint(len(pictures), (count,), generator=generator).tolist():
         border = int(pictures[which].shape[2] * 0.7)

@@ -1,4 +1,4 @@
-"""Domain-adversarial training (DANN, Ganin et al. 2016) on digits, by surgery on a network that knows nothing of it.
+"""Domain-adversarial training (DANN, Ganin et al. 2016) on digits, by surgery on a network from outside.
 
 Digits with labels are the source; the same kind of digits blended into photographs, without labels, the
 target. Three ways to train the same network are compared on test images of the target: ``source`` (what you
@@ -90,7 +90,7 @@ BACKBONES = {"paper": PaperNetwork, "efficientnet_lite0": PretrainedNetwork}
 
 
 def set_train_mode(model: nn.Module) -> None:
-    """Train mode, but batch norms keep the statistics they came with: those of a batch would mix two domains."""
+    """Train mode, but batch norms keep their statistics: those of a batch would mix two domains."""
     model.train()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):

@@ -15,7 +15,7 @@ from torch import nn
 from grl_surgery.errors import SurgeryError
 from grl_surgery.generators import random_state_kept
 from grl_surgery.heads import Condition, DomainHead, Norm, build_head
-from grl_surgery.inputs import example_inputs as known_inputs
+from grl_surgery.loading.inputs import example_inputs as known_inputs
 from grl_surgery.model_graph import check_runs, shapes_at
 from grl_surgery.pooling import Pool
 from grl_surgery.selection import Selector, select_points

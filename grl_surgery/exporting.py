@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import nn
 
-from grl_surgery import programs
-from grl_surgery.atomic_files import write_file, write_folder
-from grl_surgery.code_folder import WEIGHTS, check_folder, is_ours, write_code
 from grl_surgery.errors import ExportError
+from grl_surgery.files import programs
+from grl_surgery.files.atomic_files import write_file, write_folder
+from grl_surgery.files.code_folder import WEIGHTS, check_folder, is_ours, write_code
+from grl_surgery.files.programs import Purpose
+from grl_surgery.files.safetensors_file import check_checkpoint, read_checkpoint, write_checkpoint
 from grl_surgery.generators import random_state_kept
-from grl_surgery.programs import Purpose
-from grl_surgery.safetensors_file import check_checkpoint, read_checkpoint, write_checkpoint
 from grl_surgery.splicing import check_model, head_names
 
 __all__ = ["export", "load"]

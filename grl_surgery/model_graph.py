@@ -16,8 +16,8 @@ from torch.utils import _pytree as pytree
 
 from grl_surgery.cutting import apply_cuts, retrace
 from grl_surgery.errors import ShapeError, SurgeryError
-from grl_surgery.inputs import example_inputs as known_inputs
 from grl_surgery.links import links, origin
+from grl_surgery.loading.inputs import example_inputs as known_inputs
 from grl_surgery.points import Edge, GraphNode
 from grl_surgery.sharing import share_copy
 from grl_surgery.spliced_module import Cut, SplicedModule

@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 from torch import nn
 
-from grl_surgery.checkpoints import load_checkpoint
-from grl_surgery.downloads import downloading, one_line
 from grl_surgery.errors import SurgeryError
-from grl_surgery.factories import from_factory
-from grl_surgery.inputs import example_inputs
+from grl_surgery.loading.checkpoints import load_checkpoint
+from grl_surgery.loading.downloads import downloading, one_line
+from grl_surgery.loading.factories import from_factory
+from grl_surgery.loading.inputs import example_inputs
 from grl_surgery.points import near_names
 
 __all__ = ["LoadedModel", "available", "example_inputs", "load_model"]

@@ -109,7 +109,8 @@ def _parameters_of(model: nn.Module, node: fx.Node) -> list[nn.Parameter]:
     if node.op == "get_attr":
         owner, _, name = str(node.target).rpartition(".")
         value: Any = getattr(model.get_submodule(owner), name, None)
-        return list(value.parameters()) if isinstance(value, nn.Module) else [value]
+        held = value.parameters() if isinstance(value, nn.Module) else [value]
+        return [tensor for tensor in held if isinstance(tensor, nn.Parameter)]
     return []
 
 

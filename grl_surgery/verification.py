@@ -11,7 +11,7 @@ from torch import nn
 
 from grl_surgery.errors import SurgeryError
 from grl_surgery.flip_report import FlipReport, ParameterFlip, ReversalFlip
-from grl_surgery.inputs import example_inputs as known_inputs
+from grl_surgery.loading.inputs import example_inputs as known_inputs
 from grl_surgery.measurement import Experiment, Passage, Run, private_copy, repeatable, watching
 from grl_surgery.oracle import Factors, HookReversal, in_words, predict, recipes, with_reversals
 from grl_surgery.reversal import GradientReversal

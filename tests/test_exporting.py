@@ -20,7 +20,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import grl_surgery as gs
-from grl_surgery.programs import for_inference, inputs_for, record
+from grl_surgery.files.programs import for_inference, inputs_for, record
 
 
 @dataclass
@@ -132,7 +132,7 @@ def test_a_checkpoint_is_loaded_in_a_fresh_process(tmp_path: Path) -> None:
 def test_a_checkpoint_loads_strictly_into_a_stock_network(tmp_path: Path) -> None:
     model = timm.create_model("test_resnet")
     path = gs.export(gs.insert_grl(model, after="layer2"), tmp_path / "m.safetensors")
-    from grl_surgery.checkpoints import load_checkpoint
+    from grl_surgery.loading.checkpoints import load_checkpoint
 
     stock = timm.create_model("test_resnet")
     load_checkpoint(stock, path)
@@ -268,7 +268,7 @@ def test_another_version_with_the_same_graph_is_a_warning_and_else_named_in_the_
 ) -> None:
     model = timm.create_model("test_resnet")
     path = gs.export(gs.insert_grl(model, after="layer2"), tmp_path / "m.safetensors")
-    from grl_surgery import recipe
+    from grl_surgery.files import recipe
 
     versions = {**recipe._versions(), "timm": "9.9"}
     monkeypatch.setattr(recipe, "_versions", lambda: versions)
@@ -323,7 +323,7 @@ def test_a_training_program_verifies_in_a_fresh_process(tmp_path: Path) -> None:
 
 def test_a_program_that_is_decomposed_still_reverses() -> None:
     model, m = CASES["cnn"].spliced()
-    m.eval()  # what torch decomposes a batch norm in train mode into has no gradient, with or without a reversal
+    m.eval()  # torch decomposes a batch norm in train mode into one without a gradient
     program = record(m, inputs_for(m, CASES["cnn"].inputs)).run_decompositions()
     with_reversal = program.module()
     x = CASES["cnn"].inputs
@@ -354,7 +354,7 @@ def test_a_program_of_the_present_mode_is_recorded(tmp_path: Path) -> None:
 def test_a_pasted_reversal_that_export_would_lose_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from grl_surgery import programs
+    from grl_surgery.files import programs
 
     m = gs.insert_grl(small_networks.Net(), after="stage1")
     x = small_networks.image()

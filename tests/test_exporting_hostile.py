@@ -24,8 +24,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import grl_surgery as gs
-from grl_surgery import atomic_files, exporting, programs, safetensors_file
-from grl_surgery.safetensors_file import _checksum
+from grl_surgery import exporting
+from grl_surgery.files import atomic_files, programs, safetensors_file
+from grl_surgery.files.safetensors_file import _checksum
 
 RAN: list[str] = []
 

@@ -21,9 +21,10 @@ from rich.console import Console
 from torch import nn
 
 import grl_surgery as gs
-from grl_surgery import checkpoints, demo, downloads, factories, inputs, models
-from grl_surgery.checkpoints import load_checkpoint, read_state_dict
+from grl_surgery import demo, models
 from grl_surgery.errors import SurgeryError
+from grl_surgery.loading import checkpoints, downloads, factories, inputs
+from grl_surgery.loading.checkpoints import load_checkpoint, read_state_dict
 from grl_surgery.models import LoadedModel, available, example_inputs, load_model
 
 WriteModule = Callable[..., Path]

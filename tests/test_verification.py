@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from small_networks import InPlace, Modes, Net, Shared, Tuples, Untraceable, image, vector
+from small_networks import Constants, InPlace, Modes, Net, Shared, Tuples, Untraceable, image, vector
 from torch import nn
 
 import grl_surgery as gs
@@ -303,3 +303,9 @@ def test_a_gradient_that_threads_sum_in_any_order_is_made_repeatable(mode):
         assert gs.verify_flip(spliced, model, torch.randn(2, 3, 64, 64), mode=mode).ok
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_network_that_makes_tensors_and_counts_in_a_buffer_can_be_proved():
+    model = Constants()
+    assert gs.verify_flip(gs.insert_grl(model, after="fc"), model, vector()).ok
+    assert float(model.calls) == 0

@@ -8,6 +8,7 @@ from typing import Any, get_args
 from torch import nn
 
 from grl_surgery.errors import ExportError
+from grl_surgery.files.plain_data import field, optional
 from grl_surgery.heads import (
     DomainClassifier,
     DomainHead,
@@ -15,7 +16,6 @@ from grl_surgery.heads import (
     PatchDomainClassifier,
     RandomizedMultilinearMap,
 )
-from grl_surgery.plain_data import field, optional
 from grl_surgery.pooling import FeaturePool, Layout, LayoutName
 
 __all__ = ["describe_head", "rebuild_head"]

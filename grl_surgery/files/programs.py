@@ -18,13 +18,13 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from grl_surgery.errors import ExportError, SurgeryError
+from grl_surgery.files.plain_data import each, field
+from grl_surgery.files.program_archive import EXTRA, check_archive
+from grl_surgery.files.recipe import describe, tied
 from grl_surgery.generators import random_state_kept
-from grl_surgery.inputs import example_inputs as known_inputs
+from grl_surgery.loading.inputs import example_inputs as known_inputs
 from grl_surgery.measurement import private_copy, tensors_in
 from grl_surgery.oracle import recipes, with_reversals
-from grl_surgery.plain_data import each, field
-from grl_surgery.program_archive import EXTRA, check_archive
-from grl_surgery.recipe import describe, tied
 from grl_surgery.reversal import GradientReversal
 from grl_surgery.spliced_module import SplicedModule
 from grl_surgery.splicing import head_names, reversals, strip

@@ -16,12 +16,12 @@ from torch.fx.node import map_arg
 
 from grl_surgery.cutting import apply_cuts
 from grl_surgery.errors import ExportError, SurgeryError
-from grl_surgery.head_settings import describe_head, rebuild_head
-from grl_surgery.plain_data import each, field, optional
+from grl_surgery.files.head_settings import describe_head, rebuild_head
+from grl_surgery.files.plain_data import each, field, optional
+from grl_surgery.files.sources import build_source, find_source, module_lines, within_memory
 from grl_surgery.points import Edge
 from grl_surgery.reversal import GradientReversal
 from grl_surgery.sharing import share_copy
-from grl_surgery.sources import build_source, find_source, module_lines, within_memory
 from grl_surgery.spliced_module import Cut, SplicedModule
 from grl_surgery.splicing import reversals, strip
 from grl_surgery.tracer import check_fixed

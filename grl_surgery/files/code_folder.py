@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import fx, nn
 
-from grl_surgery import programs
 from grl_surgery.errors import ExportError, SurgeryError
-from grl_surgery.forward_code import forward_lines
-from grl_surgery.recipe import Recipe, describe
+from grl_surgery.files import programs
+from grl_surgery.files.forward_code import forward_lines
+from grl_surgery.files.recipe import Recipe, describe
+from grl_surgery.files.safetensors_file import check_checkpoint, write_checkpoint
 from grl_surgery.reversal import GradientReversal
-from grl_surgery.safetensors_file import check_checkpoint, write_checkpoint
 from grl_surgery.spliced_module import SplicedModule
 from grl_surgery.splicing import reversals
 from grl_surgery.verification import verify_flip

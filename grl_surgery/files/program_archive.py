@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from grl_surgery.errors import ExportError
-from grl_surgery.plain_data import parse_object
+from grl_surgery.files.plain_data import parse_object
 
 __all__ = ["EXTRA", "check_archive"]
 

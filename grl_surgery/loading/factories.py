@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import nn
 
-from grl_surgery.downloads import one_line
 from grl_surgery.errors import SurgeryError
-from grl_surgery.inputs import as_inputs
+from grl_surgery.loading.downloads import one_line
+from grl_surgery.loading.inputs import as_inputs
 from grl_surgery.points import near_names
 
 __all__ = ["from_factory"]

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from grl_surgery.errors import ExportError
-from grl_surgery.plain_data import parse_object
-from grl_surgery.recipe import Recipe, describe, rebuild, same_tensors, tied
+from grl_surgery.files.plain_data import parse_object
+from grl_surgery.files.recipe import Recipe, describe, rebuild, same_tensors, tied
 from grl_surgery.splicing import head_names, strip
 
 __all__ = ["check_checkpoint", "read_checkpoint", "read_recipe", "write_checkpoint"]

@@ -1,0 +1,1 @@
+"""What exporting.py writes and reads: one format or one check a file."""

@@ -1,0 +1,1 @@
+"""From a name to a network: weights, factories, downloads, example inputs."""
