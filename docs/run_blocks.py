@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
+import itertools
 import os
 import re
 import subprocess
@@ -127,7 +128,7 @@ def run_text(markdown: str, name: str) -> Counter[str]:
     done: Counter[str] = Counter()
     file = Path(name).resolve()
     with _surroundings() as module:
-        for block, after in zip(found, [*found[1:], None], strict=True):
+        for block, after in itertools.zip_longest(found, found[1:]):
             if block.kind in ("python", "console") and not block.runs:
                 done["blocks left out"] += 1
             elif block.kind == "python":

@@ -184,3 +184,7 @@ def test_main_reports_every_file_and_fails_if_one_does(
 def test_main_without_files_fails(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_blocks.main([]) == 1
     assert "usage" in capsys.readouterr().err
+
+
+def test_a_page_without_blocks_has_nothing_to_run() -> None:
+    assert not _run("# Words only\n")
