@@ -30,8 +30,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from digits import Domains, Examples, Stream, load_domains
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 import grl_surgery as gs
@@ -51,12 +54,13 @@ adversarial game circles around its solution rather than settling on it."""
 class PaperNetwork(nn.Module):
     """The network of the DANN paper for MNIST, without batch norm. There is no reversal in it."""
 
-    feature = "fc2"
+    feature, fresh = "flatten", "fc3"
 
     def __init__(self, num_classes: int = 10) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 32, 5)
         self.conv2 = nn.Conv2d(32, 48, 5)
+        self.flatten = nn.Flatten()
         self.fc1 = nn.Linear(48 * 4 * 4, 100)
         self.fc2 = nn.Linear(100, 100)
         self.fc3 = nn.Linear(100, num_classes)
@@ -65,14 +69,14 @@ class PaperNetwork(nn.Module):
         """Class logits (B, 10) of images (B, 3, 28, 28)."""
         x = F.relu(F.max_pool2d(self.conv1(images), 2))
         x = F.relu(F.max_pool2d(self.conv2(x), 2))
-        x = F.relu(self.fc1(x.flatten(1)))
+        x = F.relu(self.fc1(self.flatten(x)))
         return self.fc3(F.relu(self.fc2(x)))
 
 
 class PretrainedNetwork(nn.Module):
     """timm's EfficientNet-Lite0 with ImageNet weights, for small images."""
 
-    feature = "body.global_pool"
+    feature, fresh = "body.global_pool", "body.classifier"
 
     def __init__(self, num_classes: int = 10) -> None:
         super().__init__()
@@ -86,7 +90,18 @@ class PretrainedNetwork(nn.Module):
         return self.body(F.interpolate(images * 2.0, size=(64, 64), mode="bilinear"))
 
 
-BACKBONES = {"paper": PaperNetwork, "efficientnet_lite0": PretrainedNetwork}
+BACKBONES = {"efficientnet_lite0": PretrainedNetwork, "paper": PaperNetwork}
+DEFAULTS = {
+    "efficientnet_lite0": {
+        "steps": 300,
+        "lr": 2e-4,
+        "head_multiplier": 10.0,
+        "hi": 1.0,
+        "hidden": 256,
+        "dropout": 0.5,
+    },
+    "paper": {"steps": 1500, "lr": 1e-3, "head_multiplier": 1.0, "hi": 0.3, "hidden": 100, "dropout": 0.0},
+}
 
 
 def set_train_mode(model: nn.Module) -> None:
@@ -108,25 +123,33 @@ class Run:
         self.step, self.seconds, self.curve = 0, 0.0, []
         rank = int(os.environ.get("RANK", 0))
         torch.manual_seed(seed)
-        network = BACKBONES[args.backbone]().to(memory_format=torch.channels_last)
+        network = BACKBONES[args.backbone]().to(args.device)
+        if args.parallel != "fsdp":  # which takes contiguous parameters only
+            network = network.to(memory_format=torch.channels_last)
         self.scheduler: CoefficientScheduler | None = None
         if mode == "dann":
             self.model = gs.attach_domain_head(
-                network, after=network.feature, hidden=100, depth=1, example_inputs=self._probe()
+                network,
+                after=network.feature,
+                hidden=args.hidden,
+                depth=1,
+                dropout=args.dropout,
+                example_inputs=self._probe(),
             )
             self.scheduler = CoefficientScheduler(self.model, dann(hi=args.hi), args.steps)
-            groups = param_groups(self.model, args.lr, args.head_multiplier)
         else:
             self.model = network
-            groups = [{"params": list(network.parameters()), "lr": args.lr}]
         set_train_mode(self.model)
         if mode == "dann":
             report = gs.verify_flip(self.model, reference=network, example_inputs=self._probe())
             say(f"  verify_flip: {'OK' if report.ok else 'FAILED'}: {report.verdict}")
             report.raise_if_failed()
-        optimizer = torch.optim.Adam(groups)
-        self.rates = [group["lr"] for group in optimizer.param_groups]
-        self.network, self.optimizer = distributed(self.model, optimizer, args.parallel)
+        self.network = distributed(self.model, args)
+        # After the wrapping, which may exchange parameters for shards of them.
+        groups = param_groups(self.model, args.lr, args.head_multiplier, new=network.fresh)
+        self.optimizer = torch.optim.Adam(groups)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.device = next(self.network.parameters()).device
         self.mean = [parameter.detach().clone() for parameter in self.network.parameters()]
         # Each process of a distributed run draws its own batches and its own dropout.
         torch.manual_seed(seed + 7919 * rank)
@@ -136,7 +159,7 @@ class Run:
         ]
 
     def _probe(self) -> Tensor:
-        return self.domains.source.batch(torch.arange(4))[0].contiguous()
+        return self.domains.source.batch(torch.arange(4))[0].contiguous().to(self.args.device)
 
     # -- training
 
@@ -149,14 +172,15 @@ class Run:
                 if self.mode == "target"
                 else self.domains.source.batch(source.next())
             )
-            return F.cross_entropy(self.network(images).float(), labels), None, None
+            logits = self.network(images.to(self.device))
+            return F.cross_entropy(logits.float(), labels.to(self.device)), None, None
         images, labels = self.domains.source.batch(source.next())
         unlabelled, _ = self.domains.target.batch(target.next())
-        both = torch.cat([images, unlabelled]).contiguous(memory_format=torch.channels_last)
-        is_target = torch.arange(len(both)) >= len(images)
+        both = self._channels_last(torch.cat([images, unlabelled]))
+        of_domain = torch.arange(len(both)).ge(len(images)).long()
         logits, domain_logits = self.network(both)
-        task = F.cross_entropy(logits[: len(images)].float(), labels)
-        return task + domain_loss(domain_logits, is_target.long()), domain_logits, is_target.long()
+        task = F.cross_entropy(logits[: len(images)].float(), labels.to(self.device))
+        return task + domain_loss(domain_logits, of_domain), domain_logits, of_domain
 
     def train_step(self, metrics: AdversarialMetrics | None) -> None:
         """One step of the optimizer, and of the coefficient."""
@@ -165,7 +189,7 @@ class Run:
         factor = 1.0 if progress < 0.5 else 1.0 - 0.95 * (2.0 * progress - 1.0)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.autocast):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=args.autocast):
             loss, domain_logits, of_domain = self.losses()
         self.optimizer.zero_grad()
         loss.backward()
@@ -181,6 +205,9 @@ class Run:
             for mean, parameter in zip(self.mean, self.network.parameters(), strict=True):
                 mean.lerp_(parameter.detach(), 1.0 - keep)
         self.step += 1
+
+    def _channels_last(self, images: Tensor) -> Tensor:
+        return images.contiguous(memory_format=torch.channels_last).to(self.device)
 
     # -- testing
 
@@ -200,19 +227,22 @@ class Run:
                 for parameter, value in zip(parameters, current, strict=True):
                     parameter.copy_(value)
 
-    def test(self, examples: Examples) -> tuple[float, float, Tensor]:
+    def test(self, examples: Examples, count: int | None = None) -> tuple[float, float, Tensor]:
         """Accuracy; mutual information of images and predictions, which needs no label; features (N, C)."""
+        labels = examples.labels[:count]
         features: list[Tensor] = []
         point = self.model.get_submodule(BACKBONES[self.args.backbone].feature)
-        hook = point.register_forward_hook(lambda module, inputs, output: features.append(output.flatten(1)))
+        hook = point.register_forward_hook(
+            lambda module, inputs, output: features.append(output.flatten(1).float().cpu())
+        )
         with self.tested_weights() as network:
             outputs = [
-                network(examples.batch(chunk)[0].contiguous(memory_format=torch.channels_last))
-                for chunk in torch.arange(len(examples.labels)).split(500)
+                network(self._channels_last(examples.batch(chunk)[0]))
+                for chunk in torch.arange(len(labels)).split(500)
             ]
         hook.remove()
-        logits = torch.cat([output[0] if isinstance(output, tuple) else output for output in outputs])
-        accuracy = (logits.argmax(1) == examples.labels).double().mean().item()
+        logits = torch.cat([output[0] if isinstance(output, tuple) else output for output in outputs]).cpu()
+        accuracy = (logits.argmax(1) == labels).double().mean().item()
         p = logits.double().softmax(1)
         information = (_entropy(p.mean(0)) - _entropy(p).mean()).item()
         return accuracy, information, torch.cat(features)
@@ -254,6 +284,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "coefficient": self.scheduler and self.scheduler.state_dict(),
             "random": torch.get_rng_state(),
+            "random_of_gpus": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
             "streams": [stream.state_dict() for stream in self.streams],
         }
 
@@ -268,29 +299,38 @@ class Run:
             mean.copy_(saved)
         for stream, saved in zip(self.streams, state["streams"], strict=True):
             stream.load_state_dict(saved)
-        torch.set_rng_state(state["random"])
+        torch.set_rng_state(state["random"].cpu())
+        if state["random_of_gpus"]:
+            torch.cuda.set_rng_state_all([s.cpu() for s in state["random_of_gpus"]])
 
 
 def _entropy(p: Tensor) -> Tensor:
     return -(p * p.clamp_min(1e-12).log()).sum(-1)
 
 
-def distributed(model: nn.Module, optimizer: Any, parallel: str) -> tuple[nn.Module, Any]:
-    """The model and its optimizer for one process, or for all that torchrun started."""
-    if parallel == "none":
-        return model, optimizer
-    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+def distributed(model: nn.Module, args: argparse.Namespace) -> nn.Module:
+    """The model for one process, or for all that torchrun started."""
+    if args.parallel == "none":
+        return model
+    from accelerate import Accelerator
 
-    # Spliced layers keep their class, so that a policy by class finds them as before.
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["Conv2d", "DomainClassifier"],
-    )
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(), fsdp_plugin=plugin if parallel == "fsdp" else None
-    )
-    return accelerator.prepare(model, optimizer)  # type: ignore[no-any-return]
+    if args.parallel == "ddp":
+        network: nn.Module = Accelerator(cpu=args.device == "cpu").prepare(model)
+    else:
+        # On CPUs, Accelerate ignores its FSDP plugin without a word and takes DDP.
+        mesh = init_device_mesh(torch.device(args.device).type, (dist.get_world_size(),))
+        # Spliced blocks keep their class, so that a policy by class finds them as before.
+        for module in model.modules():
+            if type(module).__name__ in _SHARDED:
+                fully_shard(module, mesh=mesh)
+        # By default the root keeps its parameters whole after a forward; they are read between the steps.
+        network = fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    say(f"  {dist.get_world_size()} processes, {type(network).__name__}")
+    return network
+
+
+_SHARDED = ("InvertedResidual", "DepthwiseSeparableConv", "DomainHead")
+"""Classes of the blocks that are gathered as one each."""
 
 
 # --------------------------------------------------------------------------------------------- checkpoints
@@ -315,7 +355,7 @@ def load_checkpoint(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Read a checkpoint of a run with the same settings."""
     if not path.exists():
         raise SystemExit(f"--resume: there is no checkpoint {path}; start without --resume")
-    state: dict[str, Any] = torch.load(path, weights_only=True)
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     differing = [key for key in settings if state["settings"].get(key) != settings[key]]
     if differing:
         shown = "; ".join(f"--{k} was {state['settings'].get(k)}, is {settings[k]}" for k in differing)
@@ -328,7 +368,13 @@ class Interruption:
 
     def __init__(self) -> None:
         self.requested = False
-        signal.signal(signal.SIGTERM, self._request)
+
+    def __enter__(self) -> Interruption:
+        self._before = signal.signal(signal.SIGTERM, self._request)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGTERM, self._before)
 
     def _request(self, number: int, frame: object) -> None:
         self.requested = True
@@ -345,7 +391,7 @@ def train(run: Run, args: argparse.Namespace, interruption: Interruption, save: 
         while run.step < args.steps:
             run.train_step(metrics)
             if run.step % args.eval_every == 0 or run.step == args.steps:
-                accuracy, information, _ = run.test(run.domains.target_test)
+                accuracy, information, _ = run.test(run.domains.target_test, args.eval_count)
                 run.curve.append([run.step, accuracy, information])
                 line = f"  step {run.step:5d}  target {accuracy:.3f}  information {information:.2f}"
                 if metrics is not None:
@@ -364,9 +410,12 @@ def train(run: Run, args: argparse.Namespace, interruption: Interruption, save: 
     return True
 
 
-def train_all(args: argparse.Namespace) -> list[dict[str, Any]]:
+def train_all(args: argparse.Namespace, interruption: Interruption) -> list[dict[str, Any]]:
     """Every mode with every seed, from the beginning or from a checkpoint."""
-    interruption = Interruption()
+    if args.parallel != "none":
+        from accelerate import Accelerator
+
+        args.device = str(Accelerator(cpu=args.device == "cpu").device)
     settings = {key: getattr(args, key) for key in _SETTINGS}
     domains = load_domains(args.data, count=args.count, root=args.root)
     results: list[dict[str, Any]] = []
@@ -487,8 +536,12 @@ def _project(axes: Any, result: dict[str, Any] | None, title: str) -> None:
 # What a checkpoint must agree on with the run that resumes it.
 _SETTINGS = (
     *("data", "modes", "seeds", "steps", "batch", "count", "hi", "lr", "head_multiplier"),
-    *("clip", "autocast", "backbone", "eval_every", "parallel"),
+    *("hidden", "dropout", "clip", "autocast", "backbone", "eval_every", "eval_count", "parallel", "device"),
 )
+
+
+def _by_backbone(name: str) -> str:
+    return "default " + ", ".join(f"{values[name]:g} ({key})" for key, values in DEFAULTS.items())
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -502,27 +555,34 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--count", type=int, default=8000, help="training images of each domain")
     add("--modes", nargs="+", choices=MODES, default=list(MODES))
     add("--seeds", nargs="+", type=int, default=[0])
-    add("--steps", type=int, default=2000)
+    add("--steps", type=int, help=_by_backbone("steps"))
     add("--batch", type=int, default=32, help="images of each domain in a batch")
-    add("--hi", type=float, default=1.0, help="coefficient that the reversal rises to")
-    add("--lr", type=float, default=1e-3, help="learning rate of the network")
-    add("--head-multiplier", type=float, default=1.0, help="learning rate of the head, times --lr")
+    add("--hi", type=float, help="coefficient that the reversal rises to; " + _by_backbone("hi"))
+    add("--lr", type=float, help="learning rate; " + _by_backbone("lr"))
+    add("--head-multiplier", type=float, help="new layers, times --lr; " + _by_backbone("head_multiplier"))
+    add("--hidden", type=int, help="width of the head; " + _by_backbone("hidden"))
+    add("--dropout", type=float, help="of the head; " + _by_backbone("dropout"))
     add("--clip", type=float, default=0.0, help="largest norm of the gradient; 0: no clipping")
     add("--autocast", action="store_true", help="forward in bfloat16")
-    add("--backbone", choices=tuple(BACKBONES), default="paper")
+    add("--backbone", choices=tuple(BACKBONES), default="efficientnet_lite0")
+    add("--device", default="cpu", help="cpu or cuda")
     add("--parallel", choices=("none", "ddp", "fsdp"), default="none", help="under torchrun")
-    add("--eval-every", type=int, default=100)
+    add("--eval-every", type=int, default=50)
+    add("--eval-count", type=int, default=500, help="test images for the curves; the table is of all")
     add("--checkpoint", type=Path, help="file to save to, and on SIGTERM")
-    add("--save-every", type=int, default=200, help="steps between checkpoints")
+    add("--save-every", type=int, default=100, help="steps between checkpoints")
     add("--resume", action="store_true", help="go on from --checkpoint")
     add("--json", type=Path, help="write the results there")
     add("--plot", type=Path, help="write the picture there")
     args = parser.parse_args(arguments)
+    for name, value in DEFAULTS[args.backbone].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if args.resume and not args.checkpoint:
         parser.error("--resume needs --checkpoint FILE")
     if args.checkpoint and args.parallel != "none":
         parser.error("--checkpoint holds the random state of one process only: use --parallel none")
-    for name in ("steps", "batch", "count", "eval_every", "save_every"):
+    for name in ("steps", "batch", "count", "eval_every", "eval_count", "save_every", "hidden"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if args.batch > args.count:
@@ -535,7 +595,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, print the table, and write what was asked for."""
     args = parse(arguments)
-    results = train_all(args)
+    with Interruption() as interruption:
+        results = train_all(args, interruption)
     say("\n" + table(results))
     if int(os.environ.get("RANK", 0)) == 0:
         if args.json:
@@ -544,8 +605,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             args.json.write_text(json.dumps({"versions": about, "results": plain}, indent=1))
         if args.plot:
             plot(results, args.plot)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    if args.parallel != "none":
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
