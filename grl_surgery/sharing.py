@@ -36,41 +36,44 @@ def share_copy(model: nn.Module, only: Iterable[nn.Module] | None = None) -> nn.
     Returns:
         The root of the new tree.
     """
-    modules = (
-        [m for m in _whole(model) if not isinstance(m, torch.jit.ScriptModule)] if only is None else only
-    )
+    modules = _whole(model) if only is None else only
     copies: dict[int, Any] = {id(m): _twin(m) for m in modules if not isinstance(m, torch.jit.ScriptModule)}
     for twin in list(copies.values()):
         attributes = twin.__dict__
         for key, value in attributes.items():
-            if type(value) not in _ATOMS and (key not in _HOOKS or value):
+            if type(value) not in _ATOMS and (key not in _NO_HOOKS or value):
                 attributes[key] = _redirect(value, copies)
     return cast(nn.Module, copies.get(id(model), model))
 
 
 def _whole(model: nn.Module) -> list[nn.Module]:
     """Every module of the tree, and the original trees that spliced modules keep beside themselves."""
-    modules = list(model.modules())
-    kept = (module.__dict__["_original"] for module in modules if "_original" in module.__dict__)
-    return list(dict.fromkeys([*modules, *(inner for original in kept for inner in _whole(original))]))
+    found: dict[int, nn.Module] = {}
+    rest: list[nn.Module | None] = [model]
+    while rest:
+        module = rest.pop()
+        if module is not None and id(module) not in found:
+            found[id(module)] = module
+            rest += module._modules.values()
+            rest.append(module.__dict__.get("_original"))
+    return list(found.values())
 
 
 def _twin(module: nn.Module) -> nn.Module:
-    """Another object of the same class that holds, so far, the very same attributes, but hooks of its own.
+    """Another object of the same class with the very same attributes so far, but none of its (lack of) hooks.
 
-    Hooks are half of a module's attributes and mostly none, so this is worth the haste.
+    Hooks are half of a module's attributes, so taking the empty ones apart here is worth the haste.
     """
     twin = object.__new__(type(module))
-    twin.__dict__.update(
-        {
-            key: value if key not in _HOOKS or value else _HOOKS[key]()
-            for key, value in module.__dict__.items()
-        }
-    )
+    attributes = twin.__dict__
+    attributes.update(module.__dict__)
+    for key, none in _NO_HOOKS.items():
+        if not attributes.get(key, True):
+            attributes[key] = none.copy()
     return twin
 
 
-_HOOKS = {key: type(value) for key, value in nn.Module().__dict__.items() if "hooks" in key and value == {}}
+_NO_HOOKS = {key: value for key, value in nn.Module().__dict__.items() if "hooks" in key and value == {}}
 
 
 def _redirect(value: Any, copies: dict[int, Any]) -> Any:
@@ -89,7 +92,8 @@ def _redirect(value: Any, copies: dict[int, Any]) -> Any:
         copied.extend(item if type(item) in _ATOMS else _redirect(item, copies) for item in value)
         return copied
     if kind is tuple:
-        return tuple([item if type(item) in _ATOMS else _redirect(item, copies) for item in value])
+        plain = _ATOMS.issuperset(map(type, value))
+        return value if plain else tuple([_redirect(item, copies) for item in value])
     if kind is set:
         return copies.setdefault(id(value), value.copy())
     if kind is types.MethodType and id(value.__self__) in copies:

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Collection
-from types import FrameType, FunctionType
+from types import FrameType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -83,10 +83,13 @@ class Tracer(fx.Tracer):
         given: Collection[str],
         constants: dict[str, torch.Tensor],
         numbers_fixed: bool,
-        whole: tuple[FunctionType, ...],
+        whole: tuple[FunctionType | ModuleType, ...],
         moved: Callable[[], bool],
     ) -> None:
-        super().__init__(autowrap_functions=whole)
+        super().__init__(
+            autowrap_modules=tuple(it for it in whole if isinstance(it, ModuleType)),
+            autowrap_functions=tuple(it for it in whole if isinstance(it, FunctionType)),
+        )
         self.model, self.opened, self.given, self.constants = model, opened, given, constants
         self.numbers_fixed, self.moved = numbers_fixed, moved
         self.steering: set[str] = set()

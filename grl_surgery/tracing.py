@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import math
 import threading
 import traceback
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -53,10 +54,16 @@ class Trace:
 def module_paths(model: nn.Module) -> dict[str, str]:
     """From every module's name, aliases of shared modules included, to its first path in the tree."""
     first: dict[nn.Module, str] = {}
-    return {
-        escape(path): first.setdefault(module, path)
-        for path, module in model.named_modules(remove_duplicate=False)
-    }
+    paths: dict[str, str] = {}
+
+    def walk(module: nn.Module, path: str) -> None:
+        paths[escape(path)] = first.setdefault(module, path)
+        for name, child in module._modules.items():
+            if child is not None:
+                walk(child, f"{path}.{name}" if path else name)
+
+    walk(model, "")  # named_modules() takes three times as long, and this is called for every cut
+    return paths
 
 
 def trace(
@@ -167,12 +174,13 @@ def _trace_once(
     constants: dict[str, torch.Tensor],
     mode: bool | None = None,
     numbers_fixed: bool = False,
-    whole: tuple[FunctionType, ...] = (),
+    whole: tuple[FunctionType | ModuleType, ...] = (),
 ) -> tuple[fx.Graph, set[str]]:
     """One trace with the flags as they are, or all set to ``mode``; and whose flags the forwards read.
 
     Where a number among the arguments steers the forward, it is traced again with all of them fixed; where a
-    function that a forward calls cannot be traced, again with that function as one operation.
+    function that a forward calls cannot be traced, again with that function as one operation. Those of
+    ``math`` can never be; wrapping all of them costs more than a small trace, so it waits until one was called.
     """
     with _ONE_AT_A_TIME, random_state_kept() as moved:
         tracer = Tracer(model, opened, given, constants, numbers_fixed, whole, moved)
@@ -181,7 +189,9 @@ def _trace_once(
                 return tracer.trace(trace_copy(model, opened, mode)), tracer.steering
         except Exception as error:  # user code runs in here: anything can come out of it
             function = _function_that_failed(error)
-            if isinstance(error, fx.proxy.TraceError) and tracer.has_numbers and not numbers_fixed:
+            if isinstance(error, (TypeError, fx.proxy.TraceError)) and math not in whole:
+                whole = (*whole, math)
+            elif isinstance(error, fx.proxy.TraceError) and tracer.has_numbers and not numbers_fixed:
                 numbers_fixed = True
             elif function is not None and function not in whole:
                 whole = (*whole, function)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 
 import pytest
 import torch
@@ -51,6 +52,23 @@ def test_a_network_that_does_not_look_at_its_mode_has_one_graph_and_one_that_doe
     assert len(trace(Net(), []).graphs) == 1
     traced = trace(Modes(), [])
     assert (traced.steering, set(traced.graphs)) == (("",), {(True,), (False,)})
+
+
+class Scales(nn.Module):
+    """Divides by the root of a size, as attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x):
+        return self.conv(x) / math.sqrt(x.shape[-1])
+
+
+def test_a_function_of_math_becomes_one_operation():
+    model = Scales()
+    assert "sqrt" in trace(model, []).names()
+    assert torch.equal(gs.insert_grl(model, after="conv")(image()), model(image()))
 
 
 def test_a_function_that_cannot_be_traced_becomes_one_operation():
