@@ -3,8 +3,8 @@
     python benchmarks/surgery_speed.py [--rounds 7] [--json FILE]
 
 Both are given the same network (on the meta device: neither computes anything) and the same point, in turn.
-In each round insert_grl is called as often as takes about as long as one call of the other, so that both meet
-the same noise and the same cold caches; the ratio is taken round by round and the median reported with its range.
+In each round insert_grl is called as often as takes about as long as one call of the other, so that both
+meet the same noise and cold caches; the ratio is taken round by round, the median reported with its range.
 """
 
 from __future__ import annotations

@@ -180,7 +180,7 @@ def _trace_once(
 
     Where a number among the arguments steers the forward, it is traced again with all of them fixed; where a
     function that a forward calls cannot be traced, again with that function as one operation. Those of
-    ``math`` can never be; wrapping all of them costs more than a small trace, so it waits until one was called.
+    ``math`` can never be; wrapping them all costs more than a small trace, so it waits until one is called.
     """
     with _ONE_AT_A_TIME, random_state_kept() as moved:
         tracer = Tracer(model, opened, given, constants, numbers_fixed, whole, moved)
