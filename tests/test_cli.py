@@ -18,6 +18,8 @@ import torch
 
 import grl_surgery
 from grl_surgery import cli, verification
+from grl_surgery.commands import networks as networks_of_commands
+from grl_surgery.commands.streams import in_shell_words
 
 NETWORKS = '''
 import torch
@@ -496,13 +498,13 @@ def test_the_same_command_makes_the_same_network(
     command: Command, networks: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = []
-    proper = cli._splice
+    proper = networks_of_commands.splice
 
     def splice(model: Any, *args: Any) -> Any:
         made.append(model.first.weight.detach().clone())
         return proper(model, *args)
 
-    monkeypatch.setattr(cli, "_splice", splice)
+    monkeypatch.setattr(networks_of_commands, "splice", splice)
     for seed in ("0", "0", "1"):
         torch.rand(1)
         command("verify", f"{networks}:net", "--after", "first", "--seed", seed)
@@ -597,7 +599,7 @@ def test_an_interrupt_exits_with_130(command: Command, networks: str) -> None:
     ],
 )
 def test_examples_in_messages_are_written_for_the_shell(message: str, shown: str) -> None:
-    assert cli._in_shell_words(message) == shown
+    assert in_shell_words(message) == shown
 
 
 # --- streams ----------------------------------------------------------------------------------------

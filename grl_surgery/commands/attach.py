@@ -1,0 +1,59 @@
+"""grl-surgery attach: a domain head behind a point."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from grl_surgery.commands.networks import (
+    load,
+    write,
+)
+from grl_surgery.commands.options import (
+    Batch,
+    Checkpoint,
+    Coeff,
+    InputSize,
+    Model,
+    Output,
+    Pretrained,
+)
+from grl_surgery.commands.streams import stdout, working
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["attach"]
+
+
+def attach(
+    model: Model,
+    after: Annotated[str, typer.Option(metavar="POINT", help="The head reads this point's value.")],
+    output: Output = None,
+    name: Annotated[str, typer.Option(metavar="NAME", help="Of the head.")] = "domain",
+    num_domains: Annotated[int, typer.Option("--domains", metavar="N", help="Number of domains.")] = 2,
+    coeff: Coeff = 1.0,
+    input_size: InputSize = None,
+    batch: Batch = 2,
+    pretrained: Pretrained = False,
+    checkpoint: Checkpoint = None,
+) -> None:
+    """Attach a domain head behind a reversal and print it; -o writes the result."""
+    from grl_surgery.attaching import attach_domain_head
+
+    loaded = load(model, pretrained, checkpoint, input_size, batch)
+    with working("Attaching"):
+        spliced = attach_domain_head(
+            loaded.module,
+            after,
+            name=name,
+            num_domains=num_domains,
+            coeff=coeff,
+            example_inputs=loaded.example_inputs,
+        )
+    say = stdout()
+    say.out(f"{loaded.source}: {type(loaded.module).__name__} with a head after {after}\n", highlight=False)
+    say.out(f"({name}): {spliced.get_submodule(name)}", highlight=False)
+    if output:
+        write(spliced, output, loaded)

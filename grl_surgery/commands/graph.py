@@ -1,0 +1,204 @@
+"""grl-surgery graph: the points of a network."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from grl_surgery import points
+from grl_surgery.commands.networks import (
+    load,
+    prefixed,
+)
+from grl_surgery.commands.options import (
+    AsJson,
+    Batch,
+    Checkpoint,
+    InputSize,
+    Model,
+    Pretrained,
+)
+from grl_surgery.commands.streams import stdout, working
+from grl_surgery.errors import PointNotFoundError, SurgeryError, TracingError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from grl_surgery.model_graph import ModelGraph
+    from grl_surgery.models import LoadedModel
+
+__all__ = ["print_graph"]
+
+
+def print_graph(
+    model: Model,
+    depth: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Levels of modules to look into, counted from --under. [default: 1]",
+            show_default=False,
+        ),
+    ] = None,
+    under: Annotated[
+        str | None, typer.Option(metavar="MODULE", help="Only what lies in this module.", show_default=False)
+    ] = None,
+    find: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Only points with this in their name or type, at any depth; or 'glob:...', 're:...'.",
+            show_default=False,
+        ),
+    ] = None,
+    edges: Annotated[
+        bool, typer.Option("--edges", help="List the edges instead, as --edge takes them.")
+    ] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Show operations on sizes and unused arguments as well.")
+    ] = False,
+    train: Annotated[
+        bool | None, typer.Option("--train/--eval", help="Mode to look at.", show_default=False)
+    ] = None,
+    input_size: InputSize = None,
+    batch: Batch = 2,
+    as_json: AsJson = False,
+    pretrained: Pretrained = False,
+    checkpoint: Checkpoint = None,
+) -> None:
+    """Print the points of a network: names for --after, types, output shapes, parameters."""
+    from grl_surgery.drawing import without
+
+    loaded = load(model, pretrained, checkpoint, input_size, batch)
+    if train is not None:
+        loaded.module.train(train)
+    with working("Tracing"):
+        graphs, sizes = _graphs(loaded, under, depth or (None if find else 1))
+    whole = graphs[-1]
+    if find:
+        graphs = [_found(graphs, find)]
+    elif not (everything or as_json):
+        graphs[-1] = without(whole, sizes)
+    if as_json:
+        stdout().out(graphs[-1].to_json(), highlight=False)
+    elif edges:
+        stdout().out(*_edge_lines(graphs[-1]), sep="\n", highlight=False)
+    else:
+        _print_tree(loaded, graphs, hidden=0 if find else len(whole) - len(graphs[-1]))
+
+
+def _graphs(loaded: LoadedModel, under: str | None, depth: int | None) -> tuple[list[ModelGraph], set[str]]:
+    """The graph asked for, behind the less deep ones that it refines; and its points that are no tensors."""
+    from grl_surgery.drawing import size_nodes
+    from grl_surgery.model_graph import describe
+
+    model = loaded.module
+    paths = [path for path, _ in model.named_modules() if path]
+    start = _level(under, paths) if under else 0
+    deepest = start + depth if depth else max((path.count(".") + 2 for path in paths), default=1)
+    try:
+        graphs = [
+            describe(model, level, loaded.example_inputs) for level in range(max(start, 1), deepest + 1)
+        ]
+    except TracingError as error:
+        if under is None:
+            raise _with_way_in(error, model) from error
+        part = model.get_submodule(under)
+        graphs = [
+            _inside(replace(describe(part, level), name=type(model).__name__), under)
+            for level in range(1, deepest - start + 1)
+        ]
+    sizes = size_nodes(graphs[-1])
+    if under:
+        graphs = [graph.under(points.escape(under)) for graph in graphs]
+    if not graphs[-1].nodes:
+        raise SurgeryError(f"nothing in {under!r} is called", example="--train or --eval, for the other mode")
+    return graphs, sizes
+
+
+def _level(under: str, paths: Sequence[str]) -> int:
+    """How deep the module called ``under`` lies: 1 for a child of the root."""
+    if under in paths:
+        return under.count(".") + 1
+    near = points.near_names(under, paths)
+    raise PointNotFoundError(
+        f"there is no module {under!r} in this network",
+        choices=near,
+        example=f"--under {shlex.quote(near[0])}" if near else None,
+    )
+
+
+def _with_way_in(error: TracingError, model: nn.Module) -> TracingError:
+    """The error of a root that cannot be traced, with the modules whose points can be listed anyway."""
+    inner = [name for name, child in model.named_children() if any(True for _ in child.children())]
+    problem = str(error).partition("\n")[0]
+    if not inner:
+        return TracingError(problem)
+    return TracingError(
+        f"{problem}; points inside its modules can be listed", choices=inner, example=f"--under {inner[0]}"
+    )
+
+
+def _inside(graph: ModelGraph, path: str) -> ModelGraph:
+    """The graph of the module at ``path`` with the names that its points have in the whole network."""
+    prefix = f"{points.escape(path)}."
+    nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+    names = {node.name for node in nodes}
+    return replace(
+        graph,
+        nodes=tuple(replace(node, name=prefix + node.name) for node in nodes),
+        edges=tuple(prefixed(edge, prefix) for edge in graph.edges if {edge.source, edge.target} <= names),
+    )
+
+
+def _found(graphs: Sequence[ModelGraph], wanted: str) -> ModelGraph:
+    """The points that match, at whatever depth."""
+    from grl_surgery.drawing import GraphTree
+
+    nodes = [row.node for row in GraphTree(graphs[-1], graphs[:-1]).rows]
+    expression = points.pattern(wanted)
+    text = wanted.lower()
+    found = [
+        node
+        for node in nodes
+        if (
+            points.matches(expression, node.name)
+            if expression
+            else text in f"{node.name} {node.type}".lower()
+        )
+    ]
+    if not found:
+        names = [node.name for node in nodes]
+        near = points.near_names(wanted, [*names, *(node.type for node in nodes)])
+        raise PointNotFoundError(f"{wanted!r} matches none of the {len(names)} points", choices=near)
+    kept = {node.name for node in found}
+    edges: dict[points.Edge, None] = {}
+    for graph in reversed(graphs):  # less deep graphs add the edges of the modules that deeper ones look into
+        edges |= dict.fromkeys(edge for edge in graph.edges if {edge.source, edge.target} & kept)
+        kept -= {node.name for node in graph.nodes}
+    return replace(graphs[-1], nodes=tuple(found), edges=tuple(edges))
+
+
+def _edge_lines(graph: ModelGraph) -> list[str]:
+    """Each edge as ``--edge`` takes it; where a pair has several, the arguments that tell them apart."""
+    times = Counter(map(str, graph.edges))
+    return [f"{edge} (argument {edge.arg})" if times[str(edge)] > 1 else str(edge) for edge in graph.edges]
+
+
+def _print_tree(loaded: LoadedModel, graphs: Sequence[ModelGraph], hidden: int) -> None:
+    from grl_surgery.drawing import GraphTree
+
+    say = stdout()
+    model = loaded.module
+    elements = sum(parameter.numel() for parameter in model.parameters())
+    mode = "train" if model.training else "eval"
+    say.out(f"{loaded.source}: {graphs[-1].name}, {elements:,} parameters, {mode} mode\n", highlight=False)
+    say.print(GraphTree(graphs[-1], graphs[:-1]))
+    if hidden:
+        say.out(f"\n{hidden} more with --all: operations on sizes, unused arguments", highlight=False)

@@ -1,0 +1,95 @@
+"""grl-surgery insert: splice reversals in."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from grl_surgery import points
+from grl_surgery.commands.networks import (
+    load,
+    prefixed,
+    splice,
+    write,
+)
+from grl_surgery.commands.options import (
+    After,
+    Batch,
+    Before,
+    Checkpoint,
+    Coeff,
+    InputSize,
+    Model,
+    OnEdge,
+    Output,
+    Pretrained,
+)
+from grl_surgery.commands.streams import stdout, working
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from grl_surgery.models import LoadedModel
+
+__all__ = ["insert"]
+
+
+def insert(
+    model: Model,
+    after: After = None,
+    before: Before = None,
+    edge: OnEdge = None,
+    coeff: Coeff = 1.0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print how the generated forward changes, as a diff.")
+    ] = False,
+    output: Output = None,
+    input_size: InputSize = None,
+    batch: Batch = 2,
+    pretrained: Pretrained = False,
+    checkpoint: Checkpoint = None,
+) -> None:
+    """Splice reversals in and print where they are; -o writes the result."""
+    loaded = load(model, pretrained, checkpoint, input_size, batch)
+    with working("Splicing"):
+        spliced = splice(loaded.module, after, before, edge, coeff)
+    if dry_run:
+        _print_diff(spliced)
+        return
+    _print_reversals(loaded, spliced)
+    if output:
+        write(spliced, output, loaded)
+
+
+def _print_reversals(loaded: LoadedModel, spliced: nn.Module) -> None:
+    """Every reversal with its place, its coefficient, and the edges on which it reverses the gradient."""
+    from grl_surgery.drawing import reversed_edges, spliced_parts
+
+    say = stdout()
+    parts = spliced_parts(spliced)
+    count = sum(len(part.cuts) for part in parts.values())
+    say.out(
+        f"{loaded.source}: {type(loaded.module).__name__} with {count} reversal{'s' if count > 1 else ''}",
+        highlight=False,
+    )
+    for path, part in parts.items():
+        prefix = f"{points.escape(path)}." if path else ""
+        for cut in part.cuts:
+            coeff = float(part.get_submodule(cut.module).coeff)  # type: ignore[arg-type]
+            at = prefix + cut.at if isinstance(cut.at, str) else prefixed(cut.at, prefix)
+            name = f"{path}.{cut.module}" if path else cut.module
+            say.out(f"\n{name}  {replace(cut, at=at)}, coeff {coeff:g}", highlight=False)
+            for edge in reversed_edges(part, cut):
+                say.out(f"  {prefixed(edge, prefix)}", highlight=False)
+
+
+def _print_diff(spliced: nn.Module) -> None:
+    from grl_surgery.drawing import forward_diff, spliced_parts
+
+    styles = {"+": "green", "-": "red", "@": "cyan"}
+    for path, part in spliced_parts(spliced).items():
+        for line in forward_diff(part, path or type(part).__name__).splitlines():
+            stdout().print(Text(line, styles.get(line[:1], "")), soft_wrap=True)

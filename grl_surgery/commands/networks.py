@@ -1,0 +1,177 @@
+"""What commands begin and end with: the network asked for, cut as asked, run, and written to a file."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from grl_surgery import points
+from grl_surgery.commands.streams import stdout, working
+from grl_surgery.errors import SurgeryError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from grl_surgery.models import LoadedModel
+
+__all__ = [
+    "INPUTS",
+    "is_exported",
+    "load",
+    "parse_edge",
+    "prefixed",
+    "run",
+    "splice",
+    "spliced_or_as_it_is",
+    "write",
+]
+
+
+def load(
+    source: str,
+    pretrained: bool,
+    checkpoint: str | None,
+    input_size: str | None = None,
+    batch: int = 2,
+    seed: int = 0,
+    made_from: str | None = None,
+) -> LoadedModel:
+    """The network, made from the same random numbers in every run, with the inputs asked for."""
+    size = None if input_size is None else _parse_size(input_size)
+    with working("" if pretrained else f"Creating {source}"):  # a download draws its own progress
+        import torch
+
+        from grl_surgery.models import load_model
+
+        torch.manual_seed(seed)
+        if is_exported(source):
+            loaded = _from_file(source, made_from, pretrained or checkpoint is not None)
+        else:
+            loaded = load_model(source, pretrained=pretrained, checkpoint=checkpoint)
+    if size is None:
+        return loaded
+    weight = next((p for p in loaded.module.parameters() if p.is_floating_point()), torch.empty(0))
+    images = torch.randn(batch, *size, generator=torch.Generator().manual_seed(seed))
+    return replace(loaded, example_inputs=(images.to(weight.device, weight.dtype),))
+
+
+def is_exported(source: str) -> bool:
+    """Whether this is a file or a folder, and no name of a model."""
+    return os.path.isdir(source) or os.path.splitext(source)[1] in (".safetensors", ".pt2", ".onnx")
+
+
+def _from_file(path: str, made_from: str | None, has_weights: bool) -> LoadedModel:
+    """The network in a file that export wrote, with example inputs for what was cut."""
+    from grl_surgery.exporting import load as read
+    from grl_surgery.models import LoadedModel, example_inputs, load_model
+    from grl_surgery.spliced_module import SplicedModule
+    from grl_surgery.splicing import reversals
+    from grl_surgery.splicing import strip as take_out
+
+    if has_weights:
+        raise SurgeryError(
+            f"{path} has weights of its own", example="leave out --pretrained and --checkpoint"
+        )
+    made = load_model(made_from) if made_from else None
+    module = read(path, model=None if made is None else made.module)
+    inputs = example_inputs(module) if made is None else made.example_inputs
+    if inputs is None and reversals(module) and isinstance(module, SplicedModule):
+        inputs = example_inputs(take_out(module))
+    return LoadedModel(module, path, inputs)
+
+
+def write(model: nn.Module, output: str, loaded: LoadedModel, **options: Any) -> None:
+    """Export, and say what was written."""
+    from pathlib import Path
+
+    from grl_surgery.exporting import export
+
+    source = loaded.source if re.fullmatch(r"(timm|torchvision)/[\w.]+", loaded.source) else None
+    with working(f"Writing {output}"):
+        path = export(model, output, loaded.example_inputs, source=source, **options)
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    size = sum(Path(file).stat().st_size for file in files)
+    stdout().out(f"\nwrote {path}, {size:,} bytes, read back and compared", highlight=False)
+
+
+def _parse_size(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", text):
+        raise SurgeryError(
+            f"--input-size {text!r} is no size of an input, without its batch", example="--input-size 3x64x64"
+        )
+    return tuple(int(part) for part in text.split("x"))
+
+
+def splice(
+    model: nn.Module,
+    after: list[str] | None,
+    before: list[str] | None,
+    edge: list[str] | None,
+    coeff: float,
+) -> nn.Module:
+    """The model with a reversal at every place named; insert_grl takes one kind of place at a time."""
+    from grl_surgery.splicing import insert_grl
+
+    if not (after or before or edge):
+        raise SurgeryError(
+            "nothing says where: give --after, --before or --edge",
+            example="--after layer3 ('grl-surgery graph MODEL' lists the points)",
+        )
+    if after:
+        model = insert_grl(model, after=after, coeff=coeff)
+    if before:
+        model = insert_grl(model, before=before, coeff=coeff)
+    if edge:
+        model = insert_grl(model, edge=[parse_edge(line) for line in edge], coeff=coeff)
+    return model
+
+
+def spliced_or_as_it_is(
+    model: nn.Module,
+    after: list[str] | None,
+    before: list[str] | None,
+    edge: list[str] | None,
+    coeff: float,
+) -> nn.Module:
+    """As ``splice``, but a model that has reversals of its own needs no place named."""
+    from grl_surgery.splicing import reversals
+
+    if not (after or before or edge) and reversals(model):
+        return model
+    return splice(model, after, before, edge, coeff)
+
+
+INPUTS = "--input-size 3x64x64; or a factory that returns (network, (torch.randn(2, 3, 64, 64),))"
+
+
+def run(loaded: LoadedModel, model: nn.Module) -> Any:
+    """Outputs of one forward in the model's present mode, from the same random numbers every time."""
+    import torch
+
+    if loaded.example_inputs is None:
+        raise SurgeryError(f"nothing says what inputs {loaded.source} takes", example=INPUTS)
+    torch.manual_seed(0)
+    try:
+        with torch.no_grad():
+            return model(*loaded.example_inputs)
+    except Exception as error:  # the network is the user's: anything can come out of it
+        sizes = ", ".join("x".join(map(str, getattr(x, "shape", "?"))) for x in loaded.example_inputs)
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise SurgeryError(
+            f"{loaded.source} does not run on inputs of {sizes}: {type(error).__name__}: {reason}",
+            example=INPUTS,
+        ) from error
+
+
+def parse_edge(line: str) -> points.Edge:
+    """An edge as ``graph --edges`` prints it."""
+    match = re.fullmatch(r"(.+) \(argument (.+)\)", line.strip())
+    pair = points.parse_edge(match[1] if match else line)
+    return replace(pair, arg=match[2]) if match else pair
+
+
+def prefixed(edge: points.Edge, prefix: str) -> points.Edge:
+    """An edge of one module's graph by its names in the whole network."""
+    return replace(edge, source=prefix + edge.source, target=prefix + edge.target)

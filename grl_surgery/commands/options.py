@@ -1,0 +1,82 @@
+"""The options that several commands take."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+
+class Mode(str, Enum):
+    """The mode to verify in."""
+
+    train = "train"
+    eval = "eval"
+    both = "both"
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="timm/NAME, torchvision/NAME, package.module:factory or file.py:factory.",
+        show_default=False,
+    ),
+]
+Pretrained = Annotated[bool, typer.Option("--pretrained", help="Load the library's pretrained weights.")]
+Checkpoint = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Load these weights, strictly.", show_default=False)
+]
+After = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="POINT",
+        help="Reverse every use of this point's value: a name, 'glob:layer3.*' or 're:...'. May be repeated.",
+        show_default=False,
+    ),
+]
+Before = Annotated[
+    list[str] | None,
+    typer.Option(metavar="POINT", help="Reverse what flows back out of this point.", show_default=False),
+]
+OnEdge = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--edge", metavar="'A -> B'", help="Reverse this one use of A's value, no other.", show_default=False
+    ),
+]
+Coeff = Annotated[float, typer.Option(metavar="NUMBER", help="The gradient is multiplied by minus this.")]
+InputSize = Annotated[
+    str | None,
+    typer.Option(metavar="3x64x64", help="Size of one example input, without batch.", show_default=False),
+]
+Batch = Annotated[int, typer.Option(metavar="N", min=1, help="Inputs in a batch, with --input-size.")]
+Output = Annotated[
+    str | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FILE",
+        help="Write the network: .safetensors, .pt2, .onnx, or a folder of code.",
+        show_default=False,
+    ),
+]
+ModelOrFile = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL|FILE",
+        help="A model as for 'graph', or a .safetensors, .pt2 or folder that export wrote.",
+        show_default=False,
+    ),
+]
+MadeFrom = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="MODEL",
+        help="For a FILE of a network of your own: what makes the network.",
+        show_default=False,
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]

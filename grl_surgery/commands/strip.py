@@ -1,0 +1,104 @@
+"""grl-surgery strip: reversals and heads out again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.text import Text
+
+from grl_surgery.commands.networks import (
+    is_exported,
+    load,
+    run,
+    splice,
+    write,
+)
+from grl_surgery.commands.options import (
+    After,
+    Batch,
+    Before,
+    Checkpoint,
+    InputSize,
+    MadeFrom,
+    ModelOrFile,
+    OnEdge,
+    Output,
+    Pretrained,
+)
+from grl_surgery.commands.streams import FAILED, stdout, working
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from grl_surgery.models import LoadedModel
+
+__all__ = ["strip"]
+
+
+def strip(
+    model: ModelOrFile,
+    after: After = None,
+    before: Before = None,
+    edge: OnEdge = None,
+    output: Output = None,
+    input_size: InputSize = None,
+    batch: Batch = 2,
+    made_from: MadeFrom = None,
+    pretrained: Pretrained = False,
+    checkpoint: Checkpoint = None,
+) -> None:
+    """Take reversals and heads out of a FILE, and write the network that it was with -o.
+
+    Of a MODEL: splice reversals in, take them out again, and show that the network is the one it was.
+    """
+    from grl_surgery.splicing import strip as take_out
+
+    loaded = load(model, pretrained, checkpoint, input_size, batch, made_from=made_from)
+    if is_exported(model):
+        stripped = take_out(loaded.module)
+        tensors, before_it = len(stripped.state_dict()), len(loaded.module.state_dict())
+        counts = f"{tensors} of {before_it} tensors"
+        stdout().out(f"{model}: {type(stripped).__name__} again, {counts}", highlight=False)
+        if output:
+            write(stripped, output, loaded)
+        return
+    with working("Splicing and stripping"):
+        stripped = take_out(splice(loaded.module, after, before, edge, 1.0))
+        checks = _compare(loaded, stripped)
+    _print_checks(checks)
+    if output:
+        write(stripped, output, loaded)
+    raise typer.Exit(0 if all(same for _, same, _ in checks) else FAILED)
+
+
+Check = tuple[str, bool, str]
+
+
+def _compare(loaded: LoadedModel, stripped: nn.Module) -> list[Check]:
+    """What must be as it was, whether it is, and how much was compared."""
+    model = loaded.module.eval()
+    kept, found = model.state_dict(), stripped.state_dict()
+    outputs = run(loaded, model), run(loaded, stripped.eval())
+    return [
+        ("class", type(stripped) is type(model), type(model).__name__),
+        ("state_dict", list(kept) == list(found) and _identical(kept, found), f"{len(kept)} tensors"),
+        ("outputs", _identical(*outputs), "in eval mode, on the example inputs"),
+    ]
+
+
+def _identical(expected: Any, actual: Any) -> bool:
+    import torch
+
+    try:
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+    except AssertionError:
+        return False
+    return True
+
+
+def _print_checks(checks: Sequence[Check]) -> None:
+    for what, same, detail in checks:
+        verdict = Text("identical", "green") if same else Text("DIFFERENT", "bold red")
+        stdout().print(Text.assemble(f"{what:<12}", verdict, f"  {detail}"), soft_wrap=True)

@@ -1,0 +1,102 @@
+"""grl-surgery verify: prove that exactly the right gradients flip."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.text import Text
+
+from grl_surgery.commands.networks import (
+    INPUTS,
+    load,
+    run,
+    spliced_or_as_it_is,
+)
+from grl_surgery.commands.options import (
+    After,
+    AsJson,
+    Batch,
+    Before,
+    Checkpoint,
+    Coeff,
+    InputSize,
+    MadeFrom,
+    Mode,
+    ModelOrFile,
+    OnEdge,
+    Pretrained,
+)
+from grl_surgery.commands.streams import FAILED, stdout, working
+from grl_surgery.errors import SurgeryError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from grl_surgery.flip_report import FlipReport
+    from grl_surgery.models import LoadedModel
+
+__all__ = ["verify"]
+
+
+def verify(
+    model: ModelOrFile,
+    after: After = None,
+    before: Before = None,
+    edge: OnEdge = None,
+    coeff: Coeff = 1.0,
+    mode: Annotated[Mode, typer.Option(help="Mode to verify in.", show_choices=True)] = Mode.train,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of all random numbers.")] = 0,
+    input_size: InputSize = None,
+    batch: Batch = 2,
+    as_json: AsJson = False,
+    made_from: MadeFrom = None,
+    pretrained: Pretrained = False,
+    checkpoint: Checkpoint = None,
+) -> None:
+    """Splice reversals in and prove that exactly the right gradients flip; exit with 1 if they do not.
+
+    A model or a file that has reversals already is verified as it is, without --after.
+    """
+    loaded = load(model, pretrained, checkpoint, input_size, batch, seed, made_from)
+    with working("Splicing"):
+        spliced = spliced_or_as_it_is(loaded.module, after, before, edge, coeff)
+    modes: list[Literal["train", "eval"] | None] = ["train", "eval"] if mode is Mode.both else [mode.value]
+    if model.endswith(".pt2"):
+        modes = [None]  # a program has the mode that it was recorded in
+    reports = [_verify(loaded, spliced, one, seed) for one in modes]
+    ok = all(report.ok for report in reports)
+    if as_json:
+        found = {"model": model, "ok": ok, "reports": [report.to_dict() for report in reports]}
+        stdout().out(json.dumps(found, indent=1), highlight=False)
+    else:
+        _print_reports(reports)
+    raise typer.Exit(0 if ok else FAILED)
+
+
+def _verify(
+    loaded: LoadedModel, spliced: nn.Module, mode: Literal["train", "eval"] | None, seed: int
+) -> FlipReport:
+    from grl_surgery.verification import verify_flip
+
+    if loaded.example_inputs is None:
+        raise SurgeryError(f"nothing says what inputs {loaded.source} takes", example=INPUTS)
+    reference = None if spliced is loaded.module else loaded.module
+    try:
+        with working(f"Verifying in {mode or 'its own'} mode"):
+            return verify_flip(spliced, reference, loaded.example_inputs, mode=mode, seed=seed)
+    except SurgeryError:
+        raise
+    except Exception:
+        run(loaded, loaded.module)  # explains it where the network never ran on these inputs
+        raise
+
+
+def _print_reports(reports: Sequence[FlipReport]) -> None:
+    say = stdout()
+    for place, report in enumerate(reports):
+        if len(reports) > 1:
+            say.print(Text(f"{'' if place == 0 else chr(10)}In {report.mode} mode", "bold"))
+        say.print(report)
