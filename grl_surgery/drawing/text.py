@@ -1,38 +1,21 @@
-"""A network's graph as a tree of text, and what surgery changed in its forward."""
+"""A network's graph as a tree of text."""
 
 from __future__ import annotations
 
-import difflib
 import io
-import operator
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console, ConsoleOptions
 from rich.text import Text
-from torch import fx, nn
 
-from grl_surgery.cutting import apply_cuts, modules_to_open
-from grl_surgery.links import links
 from grl_surgery.model_graph import ModelGraph
-from grl_surgery.points import Edge, GraphNode, split_number
-from grl_surgery.spliced_module import Cut, SplicedModule
+from grl_surgery.points import GraphNode, split_number
 
-__all__ = [
-    "GraphTree",
-    "forward_diff",
-    "graph_text",
-    "reversed_edges",
-    "size_nodes",
-    "spliced_parts",
-    "without",
-]
-
-
-# ------------------------------------------------------------------------------------------------- tree
+__all__ = ["GraphTree", "Row", "graph_text"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +26,7 @@ class GraphTree:
     enough.
 
     Example:
+        >>> from torch import nn
         >>> from grl_surgery.model_graph import describe
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
         >>> print(graph_text(GraphTree(describe(net))))
@@ -214,100 +198,3 @@ def _line(cells: Sequence[str], widths: Sequence[int], styles: Sequence[str]) ->
     line.append(cells[-1].rjust(widths[-1]), styles[-1])
     line.rstrip()
     return line
-
-
-# ------------------------------------------------------------------------------------- what is no tensor
-
-_READS = frozenset({"shape", "size", "dim", "ndim", "numel", "dtype", "device", "stride", "is_cuda", "len"})
-_ARITHMETIC = frozenset({*dir(operator), "int", "float", "min", "max", "round", "ceil", "floor", "sqrt"})
-
-
-def size_nodes(graph: ModelGraph) -> set[str]:
-    """Names of the points where nothing can be cut: sizes, what is computed from them, unused arguments.
-
-    Example:
-        >>> nodes = (GraphNode("x", "placeholder", "placeholder"), GraphNode("size", "call_method", "size"))
-        >>> size_nodes(ModelGraph("Net", nodes, (Edge("x", "size", "0"),)))
-        {'size'}
-    """
-    sources: dict[str, list[str]] = {}
-    for edge in graph.edges:
-        sources.setdefault(edge.target, []).append(edge.source)
-    used = {edge.source for edge in graph.edges}
-    found: set[str] = set()
-    for node in graph.nodes:
-        if node.op == "placeholder" and node.shape is None and used and node.name not in used:
-            found.add(node.name)
-        if node.op not in ("call_function", "call_method") or node.shape is not None:
-            continue
-        computed = node.type in _ARITHMETIC and node.name in sources and found.issuperset(sources[node.name])
-        if node.type in _READS or node.type == "_assert" or computed:
-            found.add(node.name)
-    return found
-
-
-def without(graph: ModelGraph, names: Collection[str]) -> ModelGraph:
-    """The graph without these points and the edges at them."""
-    nodes = tuple(node for node in graph.nodes if node.name not in names)
-    edges = tuple(edge for edge in graph.edges if edge.source not in names and edge.target not in names)
-    return replace(graph, nodes=nodes, edges=edges)
-
-
-# ------------------------------------------------------------------------------------------- the surgery
-
-
-def spliced_parts(model: nn.Module) -> dict[str, SplicedModule]:
-    """The modules of a network that are graphs with something spliced in, by path; the root's is ``""``."""
-    return {path: part for path, part in model.named_modules() if isinstance(part, SplicedModule)}
-
-
-def reversed_edges(part: SplicedModule, cut: Cut) -> list[Edge]:
-    """The edges of the original's graph, in its present mode, whose gradient one cut reverses.
-
-    Example:
-        >>> from grl_surgery.splicing import insert_grl
-        >>> spliced = insert_grl(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), after="0")
-        >>> [str(edge) for edge in reversed_edges(spliced, spliced.cuts[0])]
-        ['0 -> 1']
-    """
-    calls = [node for node in part.graph.nodes if node.op == "call_module" and node.target == cut.module]
-    return [
-        Edge(source.meta.get("point", str(cut.at)), target)
-        for call in calls
-        for _, source in links(call)
-        for target in _points_that_use(call)
-    ]
-
-
-def _points_that_use(node: fx.Node) -> Iterator[str]:
-    """Names of the users of a value; what surgery put between has none."""
-    for user in node.users:
-        if "point" in user.meta:
-            yield user.meta["point"]
-        else:
-            yield from _points_that_use(user)
-
-
-def forward_diff(part: SplicedModule, name: str = "forward") -> str:
-    """The lines of the generated forward, in the present mode, that surgery changed, as a unified diff.
-
-    Example:
-        >>> from grl_surgery.splicing import insert_grl
-        >>> spliced = insert_grl(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), after="0")
-        >>> print(forward_diff(spliced).splitlines()[-3])
-        +    grl_0 = self.grl_0(_0)
-    """
-    original, _ = part.taken_apart()
-    plain = apply_cuts(original, [], opened=modules_to_open(original, part.cuts))
-    flags = tuple(original.get_submodule(path).training for path in plain.steering)
-    before = plain.graphs.get(flags) or next(iter(plain.graphs.values()))
-    lines = difflib.unified_diff(
-        _forward_lines(before), _forward_lines(part.graph), name, f"{name}, spliced", lineterm="", n=2
-    )
-    return "\n".join(lines)
-
-
-def _forward_lines(graph: fx.Graph) -> list[str]:
-    """The code of a forward, without the statements that only release memory."""
-    code = graph.python_code(root_module="self").src
-    return [re.sub(r";  \w+ = (\w+ = )*None", "", line).rstrip() for line in code.strip().splitlines()]

@@ -1,0 +1,73 @@
+"""What surgery did to a network: the edges that it reversed, and the lines of the forward that it changed."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+
+from torch import fx, nn
+
+from grl_surgery.cutting import apply_cuts, modules_to_open
+from grl_surgery.links import links
+from grl_surgery.points import Edge
+from grl_surgery.spliced_module import Cut, SplicedModule
+
+__all__ = ["forward_diff", "reversed_edges", "spliced_parts"]
+
+
+def spliced_parts(model: nn.Module) -> dict[str, SplicedModule]:
+    """The modules of a network that are graphs with something spliced in, by path; the root's is ``""``."""
+    return {path: part for path, part in model.named_modules() if isinstance(part, SplicedModule)}
+
+
+def reversed_edges(part: SplicedModule, cut: Cut) -> list[Edge]:
+    """The edges of the original's graph, in its present mode, whose gradient one cut reverses.
+
+    Example:
+        >>> from grl_surgery.splicing import insert_grl
+        >>> spliced = insert_grl(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), after="0")
+        >>> [str(edge) for edge in reversed_edges(spliced, spliced.cuts[0])]
+        ['0 -> 1']
+    """
+    calls = [node for node in part.graph.nodes if node.op == "call_module" and node.target == cut.module]
+    return [
+        Edge(source.meta.get("point", str(cut.at)), target)
+        for call in calls
+        for _, source in links(call)
+        for target in _points_that_use(call)
+    ]
+
+
+def _points_that_use(node: fx.Node) -> Iterator[str]:
+    """Names of the users of a value; what surgery put between has none."""
+    for user in node.users:
+        if "point" in user.meta:
+            yield user.meta["point"]
+        else:
+            yield from _points_that_use(user)
+
+
+def forward_diff(part: SplicedModule, name: str = "forward") -> str:
+    """The lines of the generated forward, in the present mode, that surgery changed, as a unified diff.
+
+    Example:
+        >>> from grl_surgery.splicing import insert_grl
+        >>> spliced = insert_grl(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), after="0")
+        >>> print(forward_diff(spliced).splitlines()[-3])
+        +    grl_0 = self.grl_0(_0)
+    """
+    original, _ = part.taken_apart()
+    plain = apply_cuts(original, [], opened=modules_to_open(original, part.cuts))
+    flags = tuple(original.get_submodule(path).training for path in plain.steering)
+    before = plain.graphs.get(flags) or next(iter(plain.graphs.values()))
+    lines = difflib.unified_diff(
+        _forward_lines(before), _forward_lines(part.graph), name, f"{name}, spliced", lineterm="", n=2
+    )
+    return "\n".join(lines)
+
+
+def _forward_lines(graph: fx.Graph) -> list[str]:
+    """The code of a forward, without the statements that only release memory."""
+    code = graph.python_code(root_module="self").src
+    return [re.sub(r";  \w+ = (\w+ = )*None", "", line).rstrip() for line in code.strip().splitlines()]
