@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import fx, nn
@@ -18,11 +19,12 @@ from grl_surgery.cutting import apply_cuts, retrace
 from grl_surgery.errors import ShapeError, SurgeryError
 from grl_surgery.links import links, origin
 from grl_surgery.loading.inputs import example_inputs as known_inputs
-from grl_surgery.points import Edge, GraphNode
+from grl_surgery.points import Edge, GraphNode, parents
+from grl_surgery.reversal import GradientReversal
 from grl_surgery.sharing import share_copy
 from grl_surgery.spliced_module import Cut, SplicedModule
 from grl_surgery.tracer import boundary, operation
-from grl_surgery.tracing import is_building_block, trace
+from grl_surgery.tracing import is_building_block, module_paths, trace
 
 __all__ = ["ModelGraph", "bind_inputs", "describe", "edges_into"]
 
@@ -35,11 +37,15 @@ class ModelGraph:
         name: Class of the network.
         nodes: In the order of execution.
         edges: Every use of a value, in the order of execution.
+        blocks: The modules that the graph looks into, each once; a point lies in those that its name begins
+            with.
     """
 
     name: str
     nodes: tuple[GraphNode, ...]
     edges: tuple[Edge, ...]
+    blocks: tuple[GraphNode, ...] = ()
+    _look_deeper: Callable[[], ModelGraph] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.nodes)
@@ -51,14 +57,26 @@ class ModelGraph:
         return "\n".join(lines)
 
     def to_json(self) -> str:
-        """The graph as JSON: ``{"name", "nodes", "edges"}``."""
-        return json.dumps(asdict(self), indent=1)
+        """The graph as JSON: ``{"name", "nodes", "edges", "blocks"}``."""
+        plain = {key: [asdict(item) for item in getattr(self, key)] for key in ("nodes", "edges", "blocks")}
+        return json.dumps({"name": self.name, **plain}, indent=1)
+
+    def whole(self) -> ModelGraph:
+        """The same network all the way down, as it is now; this graph itself where that is not known."""
+        return self._look_deeper() if self._look_deeper else self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            **self.__dict__,
+            "_look_deeper": None,
+        }  # a graph that is stored does not take the network along
 
     def under(self, path: str) -> ModelGraph:
         """The part of the graph that lies in the module at ``path``."""
         nodes = tuple(n for n in self.nodes if n.name == path or n.name.startswith(f"{path}."))
         names = {node.name for node in nodes}
-        return ModelGraph(self.name, nodes, tuple(e for e in self.edges if {e.source, e.target} & names))
+        edges = tuple(e for e in self.edges if {e.source, e.target} & names)
+        return replace(self, nodes=nodes, edges=edges)
 
 
 def _row(node: GraphNode) -> tuple[str, str, str, str]:
@@ -96,11 +114,16 @@ def describe(model: nn.Module, depth: int | None = 1, example_inputs: Any = None
     )
     shapes = {} if inputs is None else _shapes(model, graph, constants, bind_inputs(graph, inputs))
     named = [node for node in graph.nodes if "point" in node.meta and node.target is not boundary]
-    return ModelGraph(
+    described = ModelGraph(
         type(model).__name__,
         tuple(_describe_node(model, node, shapes.get(node)) for node in named),
         tuple(edge for node in named for edge in edges_into(node)),
+        tuple(_blocks(model, [node.meta["point"] for node in named])),
     )
+    if depth is not None:
+        deeper = functools.partial(describe, model, None, inputs)
+        object.__setattr__(described, "_look_deeper", deeper)
+    return described
 
 
 def edges_into(node: fx.Node) -> list[Edge]:
@@ -129,11 +152,29 @@ def _graph_of(model: nn.Module, depth: int | None) -> tuple[fx.Graph, dict[str, 
 def _describe_node(model: nn.Module, node: fx.Node, shape: tuple[int, ...] | None) -> GraphNode:
     name = node.meta["point"]
     if node.op == "call_module":
-        module = model.get_submodule(str(node.target))
-        elements = sum(parameter.numel() for parameter in module.parameters())
-        return GraphNode(name, node.op, type(module).__name__, shape, elements)
+        return replace(_describe_module(model, str(node.target), name), shape=shape)
     kind = operation(node) if node.op.startswith("call_") else node.op
     return GraphNode(name, node.op, kind, shape)
+
+
+def _describe_module(model: nn.Module, path: str, name: str) -> GraphNode:
+    module = model.get_submodule(path)
+    elements = sum(parameter.numel() for parameter in module.parameters())
+    heads = [cut.module for cut in getattr(model, "cuts", ()) if cut.kind == "head"]
+    role: Literal["", "head", "reversal"] = "head" if path in heads else ""
+    coeff = None
+    if isinstance(module, GradientReversal):
+        role, coeff = "reversal", float(module.coeff)
+    return GraphNode(name, "call_module", type(module).__name__, None, elements, role, coeff)
+
+
+def _blocks(model: nn.Module, names: Sequence[str]) -> Iterator[GraphNode]:
+    """The modules that these points lie in; a list of modules is none, because it has no forward."""
+    paths = module_paths(model)
+    for path in dict.fromkeys(path for name in names for path in parents(name)):
+        module = model.get_submodule(paths[path]) if path in paths else None
+        if module is not None and type(module).forward is not nn.Module.forward:
+            yield _describe_module(model, paths[path], path)
 
 
 # --------------------------------------------------------------------------------------------- shapes

@@ -14,7 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from grl_surgery.errors import AmbiguousPointError, PointNotFoundError, SurgeryError
 
@@ -56,6 +56,8 @@ class GraphNode:
         type: Class of a module call (``"Bottleneck"``), otherwise the operation (``"add"``).
         shape: Shape of its output, or None where it is not a tensor or not known.
         parameters: Number of parameters of a module call, counted in elements.
+        role: ``reversal`` or ``head`` where surgery put it there, or where it is a GradientReversal.
+        coeff: Coefficient of a reversal.
     """
 
     name: str
@@ -63,6 +65,8 @@ class GraphNode:
     type: str
     shape: tuple[int, ...] | None = None
     parameters: int = 0
+    role: Literal["", "reversal", "head"] = ""
+    coeff: float | None = None
 
 
 # ------------------------------------------------------------------------------------------------ names
@@ -245,6 +249,17 @@ def enclosing(name: str, modules: Mapping[str, Any]) -> list[str]:
     while parent not in modules:
         parent = parent.rpartition(".")[0]
     return [*ancestors(parent), parent]
+
+
+def parents(name: str) -> list[str]:
+    """Paths of the modules around a point, the outermost first; dots in the keys of items are not theirs.
+
+    Example:
+        >>> parents("layer3.0.conv1#2")
+        ['layer3', 'layer3.0']
+    """
+    parts = re.findall(r"(?:\[[^\[\]]*\]|[^.\[])+", name)
+    return [".".join(parts[:end]) for end in range(1, len(parts))]
 
 
 def parse_edge(edge: Any) -> Edge:

@@ -323,6 +323,8 @@ def test_json_is_all_that_is_on_stdout(command: Command, networks: str) -> None:
         "type": "Block",
         "shape": [3, 4],
         "parameters": 20,
+        "role": "",
+        "coeff": None,
     } in graph["nodes"]
     assert "shape[0]" in [node["name"] for node in graph["nodes"]]
     assert {"source": "blocks.0", "target": "blocks.1", "arg": "0"} in graph["edges"]

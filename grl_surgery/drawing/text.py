@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from rich.console import Console, ConsoleOptions
 from rich.text import Text
 
 from grl_surgery.model_graph import ModelGraph
-from grl_surgery.points import GraphNode, split_number
+from grl_surgery.points import GraphNode, parents, split_number
 
 __all__ = ["GraphTree", "Row", "graph_text"]
 
@@ -100,19 +99,13 @@ def _nested(nodes: Sequence[GraphNode], outer: Sequence[GraphNode]) -> list[Row]
     rows: list[Row] = []
     open_paths: list[str] = []
     for node in nodes:
-        parents = [path for path in _parents(node.name) if path in calls and path not in present]
-        common = sum(1 for _ in _alike(open_paths, parents))
-        for level, path in enumerate(parents[common:], start=common):
+        around = [path for path in parents(node.name) if path in calls and path not in present]
+        common = sum(1 for _ in _alike(open_paths, around))
+        for level, path in enumerate(around[common:], start=common):
             rows.append(Row(GraphNode(path, "", ""), level, is_branch=True))
-        rows.append(Row(node, len(parents)))
-        open_paths = parents
+        rows.append(Row(node, len(around)))
+        open_paths = around
     return _with_calls(rows, calls)
-
-
-def _parents(name: str) -> list[str]:
-    """Paths of the modules around a point, the outermost first; dots in the keys of items are not theirs."""
-    parts = re.findall(r"(?:\[[^\[\]]*\]|[^.\[])+", name)
-    return [".".join(parts[:end]) for end in range(1, len(parts))]
 
 
 def _alike(first: Iterable[str], second: Iterable[str]) -> Iterator[str]:
