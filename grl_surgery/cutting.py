@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from grl_surgery.errors import AmbiguousPointError, PointNotFoundError, ShapeError, SurgeryError
 from grl_surgery.links import is_size, links, rewrite
+from grl_surgery.opaque import opaque_graph, pick, reverse_each, tap
 from grl_surgery.points import Edge, enclosing, match_name, near_names, split_items
 from grl_surgery.spliced_module import Cut, SplicedModule
 from grl_surgery.tracer import boundary
@@ -52,7 +53,10 @@ def apply_cuts(
         ShapeError: The value there is a size, or a tuple of which one item must be chosen.
         TracingError: A forward that encloses a cut cannot be traced.
     """
-    traced = trace(model, modules_to_open(model, cuts) | set(opened), given=given, lenient=lenient)
+    if cuts and all(cut.kind == "tapped" or cut.is_at_output for cut in cuts):
+        traced = _untraced(cuts)
+    else:
+        traced = trace(model, modules_to_open(model, cuts) | set(opened), given=given, lenient=lenient)
     for cut in cuts:
         if sum([_cut(model, graph, cut, traced.names()) for graph in traced.graphs.values()]) == 0:
             raise SurgeryError(
@@ -65,6 +69,13 @@ def apply_cuts(
     return traced
 
 
+def _untraced(cuts: Sequence[Cut]) -> Trace:
+    """One call of the network's forward, which nothing here needs to look into."""
+    heads = [cut for cut in cuts if cut.kind == "tapped"]
+    names = [name for cut in heads for name in (cut.module, f"{cut.module}.condition")[: len(cut.points)]]
+    return Trace({(): opaque_graph(names)}, (), {}, frozenset(), {})
+
+
 def retrace(model: SplicedModule, opened: Collection[str]) -> Trace:
     """The graphs of a spliced network again, traced deeper where that is possible."""
     original, _ = model.taken_apart()
@@ -74,6 +85,10 @@ def retrace(model: SplicedModule, opened: Collection[str]) -> Trace:
 
 def _cut(model: nn.Module, graph: fx.Graph, cut: Cut, names: Sequence[str]) -> int:
     """Make one cut in one graph; returns how many uses of a value it changed."""
+    if cut.kind == "tapped":
+        return _call_head(graph, cut.module, [n for n in graph.nodes if _is_tap_of(n, cut.module)])
+    if cut.is_at_output:
+        return _cut_output(graph, cut)
     if isinstance(cut.at, Edge):
         source, target = (_find(model, end, names) for end in (cut.at.source, cut.at.target))
         slot = _edge_slot(graph, cut.at, source, target)
@@ -83,6 +98,8 @@ def _cut(model: nn.Module, graph: fx.Graph, cut: Cut, names: Sequence[str]) -> i
         return _cut_before(model, graph, _named(graph, name), cut.module, name)
     if cut.kind == "head":
         return _attach(model, graph, cut, names)
+    if cut.kind == "tap":
+        return sum(_tap(model, graph, *value, cut.module) for value in _values(model, graph, cut.at, names))
     return sum(_cut_after(graph, value, rest, cut) for value, rest in _values(model, graph, cut.at, names))
 
 
@@ -167,7 +184,9 @@ def replace_item(value: Any, key: Any, item: Any) -> Any:
         items[key] = item
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     changed = copy.copy(value)
-    changed[key] = item
+    # An output of a transformers model is a mapping by name that also answers to a position.
+    by_position = isinstance(value, Mapping) and isinstance(key, int) and key not in value
+    changed[list(value)[key] if by_position else key] = item
     return changed
 
 
@@ -201,10 +220,13 @@ def _attach(model: nn.Module, graph: fx.Graph, cut: Cut, names: Sequence[str]) -
             f"the head {cut.module!r} cannot be called in every mode, because "
             f"{' and '.join(map(repr, places))} are not computed in train and in eval mode alike"
         )
-    inputs = [_for_head(model, graph, value, items) for value, items in values]
+    return _call_head(graph, cut.module, [_for_head(model, graph, value, items) for value, items in values])
+
+
+def _call_head(graph: fx.Graph, module: str, inputs: Sequence[fx.Node]) -> int:
     output = next(iter(reversed(graph.nodes)))
     with graph.inserting_before(output):
-        logits = _call(graph, cut.module, *inputs)
+        logits = _call(graph, module, *inputs)
     heads = output.meta.get("heads", 0)
     returned: Any = output.args[0] if heads else (output.args[0],)
     output.args = ((*returned, logits),)
@@ -221,6 +243,36 @@ def _for_head(model: nn.Module, graph: fx.Graph, value: fx.Node, items: Sequence
         return node
     with _inserting_after(graph, node):
         return graph.call_method("clone", (node,))
+
+
+def _is_tap_of(node: fx.Node, head: str) -> bool:
+    return node.meta.get("tap") in (head, f"{head}.condition")
+
+
+def _tap(model: nn.Module, graph: fx.Graph, value: fx.Node, items: Sequence[Any], name: str) -> int:
+    """Hand the value out to a head that is called when the whole network has run."""
+    node = _for_head(model, graph, value, items)
+    with _inserting_after(graph, node):
+        graph.call_function(tap, (node, name))
+    return 1
+
+
+# ------------------------------------------------------------------------------------- what leaves the root
+
+
+def _cut_output(graph: fx.Graph, cut: Cut) -> int:
+    """Reverse, or hand out, what the network returns as a whole, or one item of it."""
+    assert isinstance(cut.at, str)
+    _, items = split_items(f"output{cut.at}")
+    output = next(iter(reversed(graph.nodes)))
+    (value,) = output.args
+    with graph.inserting_before(output):
+        if cut.kind == "tap":
+            graph.call_function(tap, (graph.call_function(pick, (value, items)), cut.module))
+        else:
+            layer = graph.create_node("get_attr", cut.module)
+            output.args = (graph.call_function(reverse_each, (layer, value, items)),)
+    return 1
 
 
 # -------------------------------------------------------------------------- before a point, and on one edge

@@ -20,6 +20,9 @@ Selector: TypeAlias = (
     "str | GraphNode | type[nn.Module] | Callable[[GraphNode], bool] | Sequence[Selector]"  # one, or several
 )
 
+_FEATURE = "feature:"
+"""What the number of one of timm's features is written behind."""
+
 
 def select_points(
     model: nn.Module, selector: Selector, keyword: str, example_inputs: Any = None
@@ -28,8 +31,9 @@ def select_points(
 
     Args:
         model: The network; not changed.
-        selector: A name, ``"glob:..."``, ``"re:..."``, a module class, a predicate on a
-            :class:`~grl_surgery.GraphNode`, or a list of these.
+        selector: A name, ``"glob:..."``, ``"re:..."``, ``"feature:3"`` (the fourth entry of a timm network's
+            ``feature_info``), a module class, a predicate on a :class:`~grl_surgery.GraphNode`, or a list
+            of these.
         keyword: ``after`` or ``before``, for messages.
         example_inputs: Where a predicate looks at shapes.
 
@@ -47,6 +51,8 @@ def select_points(
 def _select(model: nn.Module, part: Any, keyword: str, example_inputs: Any) -> list[str]:
     if isinstance(part, GraphNode):
         return [part.name]
+    if isinstance(part, str) and part.startswith(_FEATURE):
+        return [_by_feature(model, part)]
     if isinstance(part, str):
         return _by_pattern(model, part) if points.pattern(part) else [canonical(part, module_paths(model))]
     if inspect.isclass(part) and issubclass(part, nn.Module):
@@ -58,6 +64,25 @@ def _select(model: nn.Module, part: Any, keyword: str, example_inputs: Any) -> l
         f"function of a graph node, got {type(part).__name__}",
         example=f"{keyword}='layer3', {keyword}='glob:layer3.*', {keyword}=torch.nn.Conv2d",
     )
+
+
+def _by_feature(model: nn.Module, text: str) -> str:
+    """The module that timm's ``feature_info`` lists at a place: ``feature:3``, or ``feature:-1``."""
+    info = getattr(model, "feature_info", None)
+    listed = [str(feature["module"]) for feature in getattr(info, "info", info) or ()]
+    index = text.removeprefix(_FEATURE)
+    if not listed:
+        raise PointNotFoundError(
+            f"{text!r} needs timm's feature_info, which this {type(model).__name__} does not have",
+            example="after='layer3'",
+        )
+    if not index.removeprefix("-").isdecimal() or not -len(listed) <= int(index) < len(listed):
+        raise PointNotFoundError(
+            f"{text!r} is none of the {len(listed)} features that timm lists for this network",
+            choices=[f"{_FEATURE}{place} is {module}" for place, module in enumerate(listed)],
+            example=f"after='{_FEATURE}{len(listed) - 1}'",
+        )
+    return points.escape(listed[int(index)])
 
 
 def _by_pattern(model: nn.Module, text: str) -> list[str]:

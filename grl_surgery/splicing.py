@@ -6,6 +6,7 @@ import inspect
 import itertools
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,7 +48,8 @@ def insert_grl(
     Args:
         model: Any network; or the result of an earlier call.
         after: Reverse every use of the value of this point. A name, a list of names, ``"glob:layer3.*"``,
-            ``"re:..."``, a module class, or a function of a :class:`GraphNode`.
+            ``"re:..."``, ``"feature:3"`` as timm's ``feature_info`` counts, a module class, or a function of
+            a :class:`GraphNode`.
         before: Reverse what flows back out of this point: every tensor that it uses.
         edge: Reverse one use and no other: ``("layer2", "layer3.0.conv1")``, the same as
             ``"layer2 -> layer3.0.conv1"``; an :class:`Edge` out of ``graph(model).edges``; or a list.
@@ -117,10 +119,13 @@ def check_model(model: Any, verb: str) -> None:
 
 def patient(model: nn.Module) -> tuple[nn.Module, list[Cut], dict[str, nn.Module]]:
     """A tree to operate on, over the same tensors, and what was spliced into it before."""
-    if isinstance(model, SplicedModule):
-        tree, modules = model.taken_apart()
+    if not isinstance(model, SplicedModule):
+        return share_copy(model), [], {}
+    tree, modules = model.taken_apart()
+    if not model.is_opaque:
         return tree, list(model.cuts), modules
-    return share_copy(model), [], {}
+    cuts = [replace(cut, kind="head") for cut in model.cuts]  # with taps to be made again
+    return _strip_inside(tree, "", [cut.module for cut in cuts]), cuts, modules
 
 
 def on_same_device(layer: nn.Module, model: nn.Module) -> nn.Module:
@@ -183,7 +188,7 @@ def reversals(model: nn.Module) -> dict[str, GradientReversal]:
 def head_names(model: nn.Module) -> list[str]:
     """Names of the domain heads, in the order attached: the order of their logits in the output."""
     cuts = model.cuts if isinstance(model, SplicedModule) else ()
-    return [cut.module for cut in cuts if cut.kind == "head"]
+    return [cut.module for cut in cuts if cut.is_head]
 
 
 def strip(model: nn.Module, names: Sequence[str] | str | None = None) -> nn.Module:
@@ -228,18 +233,31 @@ def _spliced_names(model: nn.Module) -> list[str]:
         for path, module in model.named_modules()
         if isinstance(module, SplicedModule)
         for cut in module.cuts
+        if cut.kind != "tap"
     ]
 
 
 def _strip(model: nn.Module, prefix: str, names: Sequence[str]) -> nn.Module:
-    if isinstance(model, SplicedModule):
-        tree, modules = model.taken_apart()
-        rest = [cut for cut in model.cuts if prefix + cut.module not in names]
-        kept = {cut.module: modules[cut.module] for cut in rest}
-        return SplicedModule(tree, apply_cuts(tree, rest), rest, kept) if rest else tree
-    tree = share_copy(model)
-    for path, module in list(tree.named_modules()):
-        if isinstance(module, SplicedModule) and path:
-            parent, _, name = path.rpartition(".")
-            tree.get_submodule(parent)._modules[name] = _strip(module, f"{path}.", names)
+    if not isinstance(model, SplicedModule):
+        return _strip_inside(share_copy(model), prefix, names)
+    tree, modules = model.taken_apart()
+    if model.is_opaque:
+        tree = _strip_inside(tree, prefix, names)
+    rest = [cut for cut in model.cuts if not _is_named(cut, prefix, names)]
+    kept = {cut.module: modules[cut.module] for cut in rest if cut.kind != "tap"}
+    return SplicedModule(tree, apply_cuts(tree, rest), rest, kept) if rest else tree
+
+
+def _strip_inside(tree: nn.Module, prefix: str, names: Sequence[str]) -> nn.Module:
+    """Strip the modules of a tree, which is changed; each takes care of what lies inside it."""
+    for name, child in list(tree._modules.items()):
+        if child is not None:
+            inside = f"{prefix}{name}."
+            spliced = isinstance(child, SplicedModule)
+            tree._modules[name] = (_strip if spliced else _strip_inside)(child, inside, names)
     return tree
+
+
+def _is_named(cut: Cut, prefix: str, names: Sequence[str]) -> bool:
+    """Whether a cut is to go; a tap goes with the head that reads it."""
+    return (cut.module.partition(".")[0] if cut.kind == "tap" else prefix + cut.module) in names
