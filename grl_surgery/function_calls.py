@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-__all__ = ["FunctionCall", "functions_kept"]
+__all__ = ["FunctionCall", "function_classes", "functions_kept"]
 
 
 class FunctionCall:
@@ -40,7 +40,8 @@ def functions_kept(tracer: fx.Tracer) -> Iterator[None]:
     """
     held = [
         (kind, name, kind.__dict__[name])
-        for kind in _subclasses(torch.autograd.Function)
+        for kind in function_classes()
+        if not kind.__module__.startswith("torch._library")  # behind operators, which torch.fx records
         for name in ("forward", "setup_context")
         if name in kind.__dict__
     ]
@@ -53,11 +54,13 @@ def functions_kept(tracer: fx.Tracer) -> Iterator[None]:
             setattr(kind, name, original)
 
 
-def _subclasses(kind: type[torch.autograd.Function]) -> Iterator[type[torch.autograd.Function]]:
+def function_classes(
+    kind: type[torch.autograd.Function] = torch.autograd.Function,
+) -> Iterator[type[torch.autograd.Function]]:
+    """Every class of autograd Functions that there is in this process."""
     for subclass in type.__subclasses__(kind):
-        if not subclass.__module__.startswith("torch._library"):  # behind operators, which torch.fx records
-            yield subclass
-            yield from _subclasses(subclass)
+        yield subclass
+        yield from function_classes(subclass)
 
 
 def _recording(tracer: fx.Tracer, kind: Any, name: str, original: Callable[..., Any]) -> Callable[..., Any]:

@@ -16,7 +16,17 @@ from grl_surgery.generators import random_state_kept
 from grl_surgery.reversal import GradientReversal
 from grl_surgery.sharing import share_copy
 
-__all__ = ["Experiment", "Passage", "Run", "private_copy", "repeatable", "watching"]
+__all__ = [
+    "Experiment",
+    "Passage",
+    "Run",
+    "objective",
+    "private_copy",
+    "repeatable",
+    "tensors_in",
+    "watching",
+    "with_tensors",
+]
 
 Gradients = dict[str, torch.Tensor | None]
 
@@ -127,7 +137,7 @@ class Experiment:
         given = pytree.tree_map_only(torch.Tensor, self._copy, self.inputs)
         args, kwargs = ((), given) if isinstance(given, dict) else (_as_tuple(given), {})
         torch.manual_seed(self.seed)
-        value = _with_tensors(network, {**leaves, **buffers})(*args, **kwargs)
+        value = with_tensors(network, {**leaves, **buffers})(*args, **kwargs)
         parts = dict(zip(("output", *heads), value if heads else (value,), strict=True))
         outputs = {name: tensors_in(part) for name, part in parts.items()}
         gradients = {name: self._gradients(tensors, leaves) for name, tensors in outputs.items()}
@@ -143,24 +153,25 @@ class Experiment:
 
     def _gradients(self, outputs: Sequence[torch.Tensor], leaves: Mapping[str, torch.Tensor]) -> Gradients:
         wanted = [name for name, leaf in leaves.items() if leaf.requires_grad]
-        objective = self._objective(outputs)
-        if objective is None or not wanted:
+        scalar = objective(outputs, self.seed)
+        if scalar is None or not wanted:
             return dict.fromkeys(wanted)
-        return dict(zip(wanted, _gradients(objective, [leaves[name] for name in wanted]), strict=True))
-
-    def _objective(self, outputs: Sequence[torch.Tensor]) -> torch.Tensor | None:
-        """A scalar that depends on every output in a direction of its own."""
-        terms = []
-        for place, output in enumerate(outputs):
-            if output.requires_grad:
-                generator = torch.Generator().manual_seed(self.seed + place)
-                weight = torch.randn(output.shape, generator=generator).to(output.device, output.dtype)
-                term = (output * weight).sum()
-                terms.append(term.real if term.is_complex() else term)
-        return sum(terms[1:], terms[0]) if terms else None
+        return dict(zip(wanted, _gradients(scalar, [leaves[name] for name in wanted]), strict=True))
 
 
-def _with_tensors(network: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+def objective(outputs: Sequence[torch.Tensor], seed: int) -> torch.Tensor | None:
+    """A scalar that depends on every output in a direction of its own."""
+    terms = []
+    for place, output in enumerate(outputs):
+        if output.requires_grad:
+            generator = torch.Generator().manual_seed(seed + place)
+            weight = torch.randn(output.shape, generator=generator).to(output.device, output.dtype)
+            term = (output * weight).sum()
+            terms.append(term.real if term.is_complex() else term)
+    return sum(terms[1:], terms[0]) if terms else None
+
+
+def with_tensors(network: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
     """A tree that holds these tensors for good: a checkpointed forward runs again in the backward pass."""
     tree = share_copy(network)
     named = (*tree.named_parameters(), *tree.named_buffers())

@@ -1,0 +1,379 @@
+"""Every reversal of a network, and what looks like one and is none: found by measuring, not by name."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+
+from grl_surgery.doctor.report import Finding, shown_factor
+from grl_surgery.doctor.rig import Rig, shared_state_kept
+from grl_surgery.doctor.watch import (
+    Factor,
+    Key,
+    Passing,
+    Watch,
+    nodes_above,
+    nodes_below,
+    ratio,
+    source_line,
+)
+from grl_surgery.errors import SurgeryError
+from grl_surgery.loading.inputs import example_inputs as known_inputs
+from grl_surgery.measurement import repeatable
+from grl_surgery.reversal import GradientReversal
+from grl_surgery.splicing import check_model
+
+__all__ = ["Observation", "Site", "examine", "find_reversals", "inputs_of", "observe", "one_line"]
+
+
+def find_reversals(model: nn.Module, example_inputs: Any = None) -> tuple[Finding, ...]:
+    """Every place whose forward is the identity and whose backward reverses, and what only looks like one.
+
+    Nothing is recognised by its name. The network runs once, privately, and whatever passes its input on
+    unchanged is given a gradient of random numbers: modules, autograd Functions (also those behind custom
+    operators) and hooks on tensors. A whole backward pass shows whether a gradient arrives there at all,
+    where it goes on to, and whether it is reversed again.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), GradientReversal(0.5), nn.Linear(8, 2))
+        >>> for finding in find_reversals(net, torch.randn(3, 4)):
+        ...     print(finding.where, finding.factor, finding.verdict, finding.coeff_from)
+        1 -0.5 reverses 1.coeff
+
+    Args:
+        model: Any network. It is not changed, nor are class attributes and globals that its forward writes.
+        example_inputs: Arguments of forward: a tensor, a tuple, or a dict by name; by default those that timm
+            or torchvision declare. Numbers among them are kept, so that a coefficient may be one of them.
+
+    Returns:
+        What was found, in the order of the forward.
+
+    Raises:
+        SurgeryError: There are no example inputs, or the model is no network.
+    """
+    from grl_surgery.doctor.coefficients import with_coefficients
+
+    check_model(model, "find_reversals")
+    inputs = inputs_of(model, example_inputs, "find_reversals")
+    return tuple(site.finding for site in with_coefficients(model, inputs, examine(model, inputs)))
+
+
+def inputs_of(model: nn.Module, example_inputs: Any, verb: str) -> Any:
+    """The example inputs that were given or that are known."""
+    inputs = known_inputs(model) if example_inputs is None else example_inputs
+    if inputs is None:
+        raise SurgeryError(
+            f"nothing says what inputs {type(model).__name__} takes",
+            example=f"{verb}(model, torch.randn(2, 3, 224, 224))",
+        )
+    return inputs
+
+
+# ------------------------------------------------------------------------------------------- one observation
+
+
+@dataclass
+class Observation:
+    """One forward of a private network under watch, and what was measured afterwards."""
+
+    rig: Rig
+    watch: Watch
+    outputs: list[Tensor] = field(default_factory=list)
+    failure: Exception | None = None
+
+    @cached_property
+    def factors(self) -> dict[Key, Factor | Exception]:
+        """What each call that passed its input on makes of a gradient."""
+        found: dict[Key, Factor | Exception] = {}
+        for row in self.watch.passings:
+            try:
+                found[row.key] = row.measure()
+            except Exception as error:  # a backward of the user's
+                found[row.key] = error
+        return found
+
+    @cached_property
+    def reached(self) -> dict[Any, None]:
+        """The autograd nodes that a gradient from the outputs reaches."""
+        return nodes_below([output.grad_fn for output in self.outputs])
+
+
+def observe(rig: Rig, neutral: frozenset[Key] = frozenset(), watch: Watch | None = None) -> Observation:
+    """Run a rig's network once and record; what goes wrong is recorded as well."""
+    watch = watch or Watch.of(rig, neutral)
+    observation = Observation(rig, watch)
+    try:
+        with watch.recording():
+            observation.outputs = rig.run()
+    except Exception as error:  # the network is the user's
+        observation.failure = error
+    return observation
+
+
+# ------------------------------------------------------------------------------------------------ the sites
+
+
+@dataclass
+class Site:
+    """One place in the network, with the calls behind its finding."""
+
+    passing: Passing | None
+    finding: Finding
+    inner: tuple[Passing, ...] = ()
+
+    @property
+    def keys(self) -> frozenset[Key]:
+        """The calls to neutralise for the network without this reversal."""
+        rows = self.inner or ((self.passing,) if self.passing else ())
+        return frozenset(row.key for row in rows)
+
+
+def examine(model: nn.Module, inputs: Any, *, seed: int = 0, training: bool | None = None) -> list[Site]:
+    """Find, measure and judge."""
+    with repeatable(), shared_state_kept(model) as changed:
+        first = observe(Rig.of(model, inputs, seed=seed, training=training))
+        sites = _judge(model, first)
+        again = observe(first.rig) if first.failure is None else first
+        later = again.factors
+    return [_with_movement(site, later, changed) for site in sites]
+
+
+def _judge(model: nn.Module, seen: Observation) -> list[Site]:
+    chosen = _chosen(seen)
+    flow = _Flow(seen, chosen)
+    grouped: dict[tuple[Any, ...], Site] = {}
+    for row in chosen:
+        inner = tuple(other for other in seen.watch.passings if row.call >= 0 and row.call in other.inside)
+        inner = tuple(other for other in inner if other.kind != "module" and not _is_idle(other, seen))
+        finding = flow.finding(model, row, inner)
+        same = (row.kind, row.path, row.name, row.source, finding.factor, finding.verdict)
+        if same in grouped:
+            grouped[same] = _joined(grouped[same], inner or (row,))
+        else:
+            grouped[same] = Site(row, finding, inner)
+    sites = list(grouped.values())
+    if flow.failure is not None and not any(site.finding.verdict == "fails" for site in sites):
+        sites.append(Site(None, _failure(model, seen, flow.failure)))
+    return sites
+
+
+def _joined(site: Site, calls: tuple[Passing, ...]) -> Site:
+    held = site.inner or ((site.passing,) if site.passing else ())
+    return Site(site.passing, replace(site.finding, calls=site.finding.calls + 1), (*held, *calls))
+
+
+def _chosen(seen: Observation) -> list[Passing]:
+    """The passings to report: the innermost module around a reversal rather than the Function inside it."""
+    rows = [row for row in seen.watch.passings if not _is_idle(row, seen)]
+    modules = [row for row in rows if row.kind == "module"]
+    modules = [row for row in modules if not any(row.call in other.inside for other in modules)]
+    covered = {row.call for row in modules}
+    return _in_order(modules, [row for row in rows if row.kind != "module" and not covered & {*row.inside}])
+
+
+def _in_order(modules: Sequence[Passing], others: Sequence[Passing]) -> list[Passing]:
+    """Both in the order of the forward, as far as the calls around them tell."""
+    return sorted(
+        [*modules, *others], key=lambda row: row.call if row.call >= 0 else max(row.inside, default=0)
+    )
+
+
+def _is_idle(row: Passing, seen: Observation) -> bool:
+    """Whether it passes gradients on unchanged as well, and does not pretend to do anything else."""
+    if seen.factors[row.key] != 1.0:
+        return False
+    if row.kind == "module":
+        return not callable(getattr(row.own, "backward", None))
+    return row.kind == "hook" or str(row.own.__module__).startswith("torch.nn")
+
+
+# ---------------------------------------------------------------------------------------- the gradient's way
+
+
+class _Flow:
+    """One whole backward pass: where gradients arrive, die, and go on to."""
+
+    def __init__(self, seen: Observation, rows: Iterable[Passing]) -> None:
+        self.seen = seen
+        self.failure = seen.failure
+        self.entered: dict[Any, bool] = {}
+        self.died: list[Any] = []
+        self.passages: dict[Any, Factor] = {}
+        if seen.failure is None:
+            self._run({row.enters for row in rows})
+
+    def _run(self, watched: set[Any]) -> None:
+        handles = [node.register_hook(self._hook(node, node in watched)) for node in self.seen.reached]
+        try:
+            self.seen.rig.gradients_of(self.seen.outputs)
+        except Exception as error:  # a backward of the user's
+            self.failure = error
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, node: Any, watched: bool) -> Any:
+        def hook(left: Sequence[Tensor | None], entered: Sequence[Tensor | None]) -> None:
+            arrives = _has_signal(entered)
+            self.entered[node] = self.entered.get(node, False) or arrives
+            if arrives and left and not _has_signal(left):
+                self.died.append(node)
+            if watched and arrives and len(entered) == 1 and left and entered[0] is not None:
+                self.passages[node] = ratio(entered[0], left[0])
+
+        return hook
+
+    def finding(self, model: nn.Module, row: Passing, inner: Sequence[Passing]) -> Finding:
+        """The verdict on one place."""
+        factor = self.seen.factors[row.key]
+        verdict, note = self._verdict(model, row, factor)
+        return Finding(
+            where=_where(row),
+            kind=row.kind,
+            path=row.path,
+            name=row.name,
+            factor=None if isinstance(factor, Exception) else factor,
+            verdict=verdict,
+            note=note,
+            source=inner[0].source if inner else row.source,
+            ours=isinstance(row.own, type) and issubclass(row.own, GradientReversal),
+        )
+
+    def _verdict(self, model: nn.Module, row: Passing, factor: Factor | Exception) -> tuple[str, str]:
+        if isinstance(factor, Exception):
+            return "fails", f"in its backward: {one_line(factor)}"
+        if self.failure is not None:
+            return "fails", f"behind it: {one_line(self.failure)}"
+        if row.enters is None:
+            return "detached", "its input carries no gradient: detached, or computed under no_grad"
+        if factor is None:
+            return "no multiple", "what leaves is no multiple of the gradient that enters"
+        values = factor if isinstance(factor, tuple) else (factor,)
+        if all(value == 0 for value in values):
+            return "factor 0", "the gradient is multiplied by 0: nothing flows back"
+        if max(values) > 0:
+            return _keeps(row, factor)
+        return self._on_its_way(model, row)
+
+    def _on_its_way(self, model: nn.Module, row: Passing) -> tuple[str, str]:
+        """A reversal: does a gradient arrive there, and does it get anywhere?"""
+        if row.enters not in self.seen.reached:
+            return "unused", "what leaves it reaches no output of the network"
+        if not self.entered.get(row.enters, False):
+            return "no gradient", self._where_it_dies(row)
+        below = row.below or [node for node, _ in row.enters.next_functions]
+        frozen = _frozen(model, self.seen.rig, nodes_below(below))
+        if frozen:
+            return "all frozen", f"nothing upstream of it is trained: {frozen}"
+        twice = self._reversed_again(row)
+        if twice is not None:
+            return (
+                "reversed twice",
+                f"every gradient that arrives was reversed before, by {_where(twice)}",
+            )
+        return "reverses", ""
+
+    def _where_it_dies(self, row: Passing) -> str:
+        above = nodes_above(list(self.seen.reached), row.enters)
+        node = next((node for node in self.died if node in above), None)
+        if node is None:
+            return "no gradient arrives here"
+        home = self.seen.watch.home_of.get(node)
+        place = f" in {home}" if home else ""
+        return f"the gradient that arrives is zero: it ends at {node.name()}{place}"
+
+    def _reversed_again(self, row: Passing) -> Passing | None:
+        """Another reversal that every path from the outputs to this one crosses."""
+        starts = [output.grad_fn for output in self.seen.outputs]
+        for other in self.seen.watch.passings:
+            factor = self.seen.factors[other.key]
+            negative = isinstance(factor, float) and factor < 0
+            if not negative or other.enters is None or other.enters is row.enters or row.call in other.inside:
+                continue
+            if other.call in row.inside and other.call >= 0:
+                continue
+            if row.enters not in nodes_below(starts, without=other.enters):
+                return other
+        return None
+
+
+def _keeps(row: Passing, factor: Factor) -> tuple[str, str]:
+    if factor != 1.0:
+        return "un-reverses", f"the gradient is multiplied by {shown_factor(factor)}: its sign is kept"
+    if row.kind == "module" and callable(getattr(row.own, "backward", None)):
+        return (
+            "backward never called",
+            "autograd calls no backward of a module; the gradient passes unchanged",
+        )
+    return "factor +1", "the gradient passes unchanged"
+
+
+def _has_signal(gradients: Sequence[Tensor | None]) -> bool:
+    return any(gradient is not None and bool(gradient.any()) for gradient in gradients)
+
+
+def _frozen(model: nn.Module, rig: Rig, nodes: Iterable[Any]) -> str:
+    """The parameters behind these nodes, in words, where none of them is trained; otherwise nothing."""
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    names = {id(leaf): name for name, leaf in rig.network.named_parameters()}
+    leaves = [names.get(id(getattr(node, "variable", None))) for node in nodes]
+    upstream = [name for name in leaves if name is not None]
+    if not upstream or any(trained.get(name, True) for name in upstream):
+        return ""
+    return f"{upstream[0]} has requires_grad=False" + (
+        f", and so have {len(upstream) - 1} more" if len(upstream) > 1 else ""
+    )
+
+
+def _where(row: Passing) -> str:
+    if row.kind == "module":
+        return row.path or "the network itself"
+    what = "a hook" if row.kind == "hook" else row.name
+    return f"{what} in {row.path}" if row.path else what
+
+
+def _with_movement(site: Site, later: Mapping[Key, Factor | Exception], changed: Sequence[str]) -> Site:
+    """A factor that is another one at the next forward, and counters that a whole class shares."""
+    now = site.finding.factor
+    then = later.get(site.passing.key) if site.passing else now
+    if then == now or now is None or then is None or isinstance(then, Exception):
+        return site
+    moves = f"the factor moves by itself: {shown_factor(now)}, then {shown_factor(then)}"
+    counts = (f"it counts in {name}, which all instances share" for name in changed)
+    finding = replace(site.finding, moves=True, remarks=(*site.finding.remarks, moves, *counts))
+    if finding.verdict == "factor 0":
+        finding = replace(finding, verdict="reverses", note="")
+    return replace(site, finding=finding)
+
+
+# ------------------------------------------------------------------------------------------- what goes wrong
+
+
+def _failure(model: nn.Module, seen: Observation, error: Exception) -> Finding:
+    path = seen.watch.failed_in or ""
+    return Finding(
+        where=path or "the network itself",
+        kind="module",
+        path=path,
+        name=type(model.get_submodule(path)).__qualname__,
+        factor=None,
+        verdict="fails",
+        note=one_line(error),
+        source=_line_that_failed(error),
+    )
+
+
+def _line_that_failed(error: Exception) -> str | None:
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return source_line(frames[-1]) if frames else None
+
+
+def one_line(error: BaseException) -> str:
+    """An error's kind and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
