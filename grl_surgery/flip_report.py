@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from grl_surgery.errors import FlipError
+
+if TYPE_CHECKING:
+    from grl_surgery.flip_graph import FlipGraph
 
 __all__ = ["FlipReport", "ParameterFlip", "ReversalFlip"]
 
@@ -68,6 +73,8 @@ class FlipReport:
         forward_identical: Whether each output equals the reference's, bit for bit.
         mode: ``train``, ``eval`` or ``mixed``, as the network was verified.
         problems: Whatever makes it fail that belongs to no single parameter or reversal.
+        network: Class of the network.
+        draw: Makes the graph that :meth:`to_html` shows; it keeps the network alive, and is not stored.
     """
 
     parameters: tuple[ParameterFlip, ...]
@@ -75,6 +82,8 @@ class FlipReport:
     forward_identical: bool
     mode: str
     problems: tuple[str, ...] = field(default=())
+    network: str = ""
+    draw: Callable[[], FlipGraph | None] | None = field(default=None, repr=False, compare=False)
 
     @property
     def ok(self) -> bool:
@@ -124,7 +133,32 @@ class FlipReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, ready for JSON."""
-        return {"ok": self.ok, "verdict": self.verdict, **asdict(self)}
+        plain = asdict(replace(self, draw=None))
+        del plain["draw"]
+        return {"ok": self.ok, "verdict": self.verdict, **plain}
+
+    def to_html(self, path: str | Path) -> None:
+        """Write one page that needs no network: the graph, coloured by what the gradient does, and a table.
+
+        Example:
+            >>> import tempfile, torch
+            >>> import grl_surgery as gs
+            >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+            >>> report = gs.verify_flip(gs.insert_grl(net, after="1"), net, torch.randn(3, 4))
+            >>> report.to_html(tempfile.mkdtemp() + "/report.html")
+
+        Args:
+            path: The file to write, or to replace.
+
+        Raises:
+            ExportError: The folder does not exist.
+        """
+        from grl_surgery.drawing.report_page import write_report
+
+        write_report(path, [self])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "draw": None}  # the network is not stored along with its report
 
     def notable(self, most: int = 12) -> list[ParameterFlip]:
         """The parameters worth looking at: what is wrong, then mixed, then without signal."""

@@ -26,7 +26,7 @@ from grl_surgery.spliced_module import Cut, SplicedModule
 from grl_surgery.tracer import boundary, operation
 from grl_surgery.tracing import is_building_block, module_paths, trace
 
-__all__ = ["ModelGraph", "bind_inputs", "describe", "edges_into"]
+__all__ = ["ModelGraph", "bind_inputs", "describe", "edges_into", "graph_of"]
 
 
 @dataclass(frozen=True)
@@ -108,10 +108,12 @@ def describe(model: nn.Module, depth: int | None = 1, example_inputs: Any = None
         raise SurgeryError(
             f"depth must be 1 or more, or None for all levels; got {depth!r}", example="depth=2"
         )
-    graph, constants = _graph_of(model, depth)
+    graph, constants = graph_of(model, depth)
     inputs = (
         example_inputs if example_inputs is not None else known_inputs(getattr(model, "_original", model))
     )
+    if isinstance(model, SplicedModule) and model.is_opaque:
+        inputs = None  # its forward runs as it is, which may be on data only
     shapes = {} if inputs is None else _shapes(model, graph, constants, bind_inputs(graph, inputs))
     named = [node for node in graph.nodes if "point" in node.meta and node.target is not boundary]
     described = ModelGraph(
@@ -136,8 +138,8 @@ def edges_into(node: fx.Node) -> list[Edge]:
     ]
 
 
-def _graph_of(model: nn.Module, depth: int | None) -> tuple[fx.Graph, dict[str, torch.Tensor]]:
-    """The graph that the present mode runs."""
+def graph_of(model: nn.Module, depth: int | None) -> tuple[fx.Graph, dict[str, torch.Tensor]]:
+    """The graph that the present mode runs, and the constants in it."""
     if isinstance(model, SplicedModule) and depth == 1:
         return model.graph, {}
     paths = [path for path, module in model.named_modules() if path and not is_building_block(module)]

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from grl_surgery.cutting import apply_cuts
+from grl_surgery.cutting import apply_cuts, overwrites_input
+from grl_surgery.in_place import hidden_writes
 from grl_surgery.links import is_size, links
+from grl_surgery.points import Edge
 from grl_surgery.reversal import GradientReversal
 from grl_surgery.sharing import share_copy
 from grl_surgery.spliced_module import Cut, SplicedModule
 
-__all__ = ["HookReversal", "predict", "recipes", "with_reversals"]
+__all__ = ["HookReversal", "in_words", "predict", "predict_flow", "recipes", "with_reversals"]
 
 Factors = frozenset[int]
+Flow = tuple[dict[str, Factors], dict[Edge, Factors]]  # by point, and by edge
 
 
 class HookReversal(nn.Module):
@@ -45,8 +48,8 @@ def with_reversals(model: nn.Module, reference: nn.Module, make: Callable[[], nn
     for path, cuts in sorted(recipes(model).items(), key=lambda item: -len(item[0])):
         host = tree.get_submodule(path)
         held = model.get_submodule(path)._modules
-        heads = {cut.module: share_copy(held[cut.module]) for cut in cuts if cut.kind == "head"}  # type: ignore[arg-type]
-        made = {cut.module: heads.get(cut.module) or make() for cut in cuts}
+        heads = {cut.module: share_copy(held[cut.module]) for cut in cuts if cut.is_head}  # type: ignore[arg-type]
+        made = {cut.module: heads.get(cut.module) or make() for cut in cuts if cut.kind != "tap"}
         graphs = SplicedModule(host, apply_cuts(host, cuts), cuts, made)
         if path:
             parent, _, name = path.rpartition(".")
@@ -74,12 +77,15 @@ def predict(oracle: nn.Module, objective: str = "output") -> dict[int, Factors]:
 
     Returns:
         From ``id(parameter)`` to ``{1}`` (unchanged), ``{-1}`` (flipped), both (mixed) or none (unreached).
-        Empty where the root is no graph: nothing is known of what surrounds the graph then.
+        Empty where the graph does not show all that happens: the root is no graph, or a value is read after
+        its memory has been overwritten by way of another one.
     """
-    if not isinstance(oracle, SplicedModule):
+    if not isinstance(oracle, SplicedModule) or oracle.is_opaque:
+        return {}
+    if any(True for _ in hidden_writes(oracle, oracle.graph, overwrites_input)):
         return {}
     reversed_by = {cut.module for cut in oracle.cuts}
-    heads = [cut.module for cut in oracle.cuts if cut.kind == "head"]
+    heads = [cut.module for cut in oracle.cuts if cut.is_head]
     part = f"0[{('output', *heads).index(objective)}]" if heads else "0"
     known: dict[int, Factors] = {id(parameter): frozenset() for parameter in oracle.parameters()}
     for node, factors in _signs(oracle.graph, reversed_by, part).items():
@@ -88,19 +94,54 @@ def predict(oracle: nn.Module, objective: str = "output") -> dict[int, Factors]:
     return known
 
 
+def predict_flow(oracle: SplicedModule, graph: fx.Graph, objective: str = "output") -> Flow:
+    """What any graph of the oracle says of the gradient at each point and on each edge.
+
+    Args:
+        oracle: Result of :func:`with_reversals`.
+        graph: One of its graphs, however deep.
+        objective: ``output``, or the name of a head.
+    """
+    reversed_by, part = _goal(oracle, objective)
+    signs = _signs(graph, reversed_by, part)
+    named = [node for node in graph.nodes if "point" in node.meta]
+    edges = {
+        Edge(source.meta["point"], node.meta["point"], arg): frozenset(
+            _through(node, arg, signs[node], reversed_by, part)
+        )
+        for node in named
+        for arg, source in links(node)
+        if "point" in source.meta
+    }
+    return {node.meta["point"]: signs[node] for node in named}, edges
+
+
+def _goal(oracle: SplicedModule, objective: str) -> tuple[set[str], str]:
+    """What reverses, and which part of the output the objective is made of."""
+    heads = [cut.module for cut in oracle.cuts if cut.kind == "head"]
+    part = f"0[{('output', *heads).index(objective)}]" if heads else "0"
+    return {cut.module for cut in oracle.cuts}, part
+
+
 def _signs(graph: fx.Graph, reversed_by: set[str], part: str) -> dict[fx.Node, Factors]:
     """For each node the signs of all paths from its value to one part of the output."""
     signs: dict[fx.Node, set[int]] = {node: set() for node in graph.nodes}
     for node in reversed(graph.nodes):
         if is_size(node) or (node.op == "call_method" and node.target == "detach"):
             signs[node] = set()
-        spliced = node.op == "call_module" and node.target in reversed_by
         for arg, source in links(node):
-            if node.op == "output":
-                signs[source] |= {1} if arg.startswith(part) else set()
-            elif not (spliced and arg != "0"):  # what conditions a head is detached
-                signs[source] |= {-sign if spliced else sign for sign in signs[node]}
+            signs[source] |= _through(node, arg, signs[node], reversed_by, part)
     return {node: frozenset(found) for node, found in signs.items()}
+
+
+def _through(node: fx.Node, arg: str, signs: Iterable[int], reversed_by: set[str], part: str) -> set[int]:
+    """Signs of the paths that begin with one use of a value, from the signs of the user's own value."""
+    if node.op == "output":
+        return {1} if arg.startswith(part) else set()
+    spliced = node.op == "call_module" and node.target in reversed_by
+    if spliced and arg != "0":  # what conditions a head is detached
+        return set()
+    return {-sign if spliced else sign for sign in signs}
 
 
 def _parameters_of(model: nn.Module, node: fx.Node) -> list[nn.Parameter]:

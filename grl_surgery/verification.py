@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from grl_surgery.errors import SurgeryError
+from grl_surgery.flip_graph import flip_graph
 from grl_surgery.flip_report import FlipReport, ParameterFlip, ReversalFlip
 from grl_surgery.loading.inputs import example_inputs as known_inputs
 from grl_surgery.measurement import Experiment, Passage, Run, private_copy, repeatable, watching
@@ -153,6 +154,10 @@ class _Verification:
             _same_outputs(self.expected, actual),
             _mode(self.spliced),
             (*_problems(layers, rows), *_differences(self.model, self.plain)),
+            type(self.plain).__name__,
+            functools.partial(
+                flip_graph, self.spliced, self.oracle, self.experiment.inputs, ("output", *self.heads)
+            ),
         )
 
     def _rows(self, objective: str, gradients: Mapping[str, torch.Tensor | None]) -> Iterator[ParameterFlip]:
@@ -270,7 +275,7 @@ def _place(model: nn.Module, name: str) -> str:
         for cut in cuts:
             module = f"{path}.{cut.module}" if path else cut.module
             if name == module or name.startswith(f"{module}."):
-                return str(cut)
+                return str(cut.within(path))
     return f"in {name.rpartition('.')[0] or 'the network'}"
 
 

@@ -1,0 +1,77 @@
+"""The graph behind a proof: all points of the spliced network, and the gradient that is predicted at each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from grl_surgery.errors import SurgeryError
+from grl_surgery.model_graph import ModelGraph, describe, graph_of
+from grl_surgery.oracle import in_words, predict_flow
+from grl_surgery.points import Edge, GraphNode, escape
+from grl_surgery.spliced_module import SplicedModule
+
+__all__ = ["FlipGraph", "flip_graph"]
+
+
+@dataclass(frozen=True)
+class FlipGraph:
+    """What is predicted, in words, all the way down.
+
+    Args:
+        graph: The spliced network.
+        points: By objective and point, what the gradient of the point's value is: flipped, unchanged, mixed,
+            unreached. Empty where nothing is predicted.
+        edges: The same for what flows back over each edge.
+    """
+
+    graph: ModelGraph
+    points: dict[str, dict[str, str]]
+    edges: dict[str, dict[Edge, str]]
+
+
+def flip_graph(
+    model: nn.Module, oracle: nn.Module, example_inputs: Any, objectives: Sequence[str]
+) -> FlipGraph | None:
+    """The graph of a spliced network, with what its recipe predicts; None where nothing can be traced.
+
+    Args:
+        model: The spliced network, in the mode that is meant.
+        oracle: What the recipe says, from :func:`grl_surgery.oracle.with_reversals`, in the same mode.
+        example_inputs: Arguments of forward.
+        objectives: ``output``, and the names of heads.
+    """
+    try:
+        graph = describe(model, None, example_inputs)
+    except SurgeryError:
+        graph = _parts(model)
+    if not graph.nodes:
+        return None
+    if not isinstance(oracle, SplicedModule):
+        return FlipGraph(graph, {}, {})
+    deep, _ = graph_of(oracle, None)
+    flows = {objective: predict_flow(oracle, deep, objective) for objective in objectives}
+    return FlipGraph(
+        graph,
+        {name: {at: in_words(signs) for at, signs in points.items()} for name, (points, _) in flows.items()},
+        {name: {at: in_words(signs) for at, signs in edges.items()} for name, (_, edges) in flows.items()},
+    )
+
+
+def _parts(model: nn.Module) -> ModelGraph:
+    """The graphs of the spliced parts of a network whose own forward cannot be traced, side by side."""
+    nodes: list[GraphNode] = []
+    edges: list[Edge] = []
+    blocks: list[GraphNode] = []
+    for path, part in model.named_modules():
+        if isinstance(part, SplicedModule):
+            graph = describe(part, None)
+            prefix = f"{escape(path)}."
+            blocks += [GraphNode(escape(path), "call_module", graph.name)]
+            blocks += [replace(block, name=prefix + block.name) for block in graph.blocks]
+            nodes += [replace(node, name=prefix + node.name) for node in graph.nodes]
+            edges += [Edge(prefix + e.source, prefix + e.target, e.arg) for e in graph.edges]
+    return ModelGraph(type(model).__name__, tuple(nodes), tuple(edges), tuple(blocks))
