@@ -1,0 +1,72 @@
+"""One network in one tier, as a row whatever happens."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+
+from grl_surgery.loading.downloads import one_line
+from grl_surgery.zoo.ledger import NotProved, Row
+from grl_surgery.zoo.names import family
+from grl_surgery.zoo.numeric import check_numbers
+from grl_surgery.zoo.structural import check_structure
+
+__all__ = ["Tier", "check", "failure", "numeric", "structural"]
+
+Tier = Literal["structural", "numeric"]
+
+
+def structural(source: str) -> Row:
+    """The structural tier of one network; see :func:`check_structure`."""
+    return check(source, "structural")
+
+
+def numeric(source: str) -> Row:
+    """The numeric tier of one network; see :func:`check_numbers`."""
+    return check(source, "numeric")
+
+
+def check(source: str, tier: Tier) -> Row:
+    """Try one network.
+
+    Raises:
+        MemoryError: There is not enough memory.
+    """
+    start = time.process_time()
+    try:
+        with _undisturbed():
+            return check_structure(source) if tier == "structural" else check_numbers(source)
+    except MemoryError:
+        raise
+    except Exception as error:
+        if "can't allocate memory" in str(error):
+            raise MemoryError from error
+        reason = str(error) if isinstance(error, NotProved) else one_line(error)
+        return failure(source, tier, reason, time.process_time() - start)
+
+
+def failure(source: str, tier: Tier, reason: str, seconds: float) -> Row:
+    """The row of a network that cannot be done."""
+    return Row(source, family(source), tier, "failed", reason[:300], seconds=round(seconds, 2))
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """One thread, and nothing of what networks say while they are built."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
