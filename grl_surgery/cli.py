@@ -16,6 +16,7 @@ from grl_surgery.commands.insert import insert
 from grl_surgery.commands.streams import FAILED, NAME, REFUSED, complain, stdout, working
 from grl_surgery.commands.strip import strip
 from grl_surgery.commands.verify import verify
+from grl_surgery.commands.zoo import zoo
 from grl_surgery.errors import FlipError, SurgeryError
 
 __all__ = ["app", "main"]
@@ -66,6 +67,7 @@ app.command()(attach)
 app.command()(verify)
 app.command()(export)
 app.command()(strip)
+app.command()(zoo)
 
 
 @app.command()
