@@ -98,6 +98,8 @@ def _cut(model: nn.Module, graph: fx.Graph, cut: Cut, names: Sequence[str]) -> i
         return _cut_before(model, graph, _named(graph, name), cut.module, name)
     if cut.kind == "head":
         return _attach(model, graph, cut, names)
+    if cut.kind == "instead":
+        return _replace(graph, _named(graph, _find(model, cut.at, names)), cut.module)
     if cut.kind == "tap":
         return sum(_tap(model, graph, *value, cut.module) for value in _values(model, graph, cut.at, names))
     return sum(_cut_after(graph, value, rest, cut) for value, rest in _values(model, graph, cut.at, names))
@@ -112,6 +114,17 @@ def _find(model: nn.Module, name: str, names: Sequence[str]) -> str:
         return name
     others = [path for path in module_paths(model) if not path.startswith("grl_")]
     return match_name(name, names, others)
+
+
+def _replace(graph: fx.Graph, nodes: Sequence[fx.Node], module: str) -> int:
+    """Call the module where the network calls something else: on its value, and its coefficient if computed."""
+    for node in nodes:
+        values = [arg for arg in node.args if isinstance(arg, fx.Node)]
+        with graph.inserting_before(node):
+            call = _call(graph, module, *values[:2])
+        node.replace_all_uses_with(call)
+        graph.erase_node(node)
+    return len(nodes)
 
 
 # ------------------------------------------------------------------------------------------- after a point
