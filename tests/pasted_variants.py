@@ -329,6 +329,19 @@ class Unused(Network):
         return self.classifier(features)
 
 
+class ThenDetached(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return ReverseLayerF.apply(x, 1.0).detach()
+
+
+class HookInForward(Network):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.features(x)
+        reversed_features = features.clone()
+        reversed_features.register_hook(lambda gradient: -0.5 * gradient)
+        return self.classifier(features), self.domain(reversed_features)
+
+
 class Twice(Network):
     """Reversed when it leaves the features and again when it enters the head."""
 
@@ -349,6 +362,13 @@ class OnLogits(Network):
 def frozen() -> nn.Module:
     network = Network(Layer())
     network.features.requires_grad_(False)
+    return network
+
+
+def hooked_features() -> nn.Module:
+    """A full backward hook on the features: the classifier's gradient is reversed as well."""
+    network = Network()
+    network.features.register_full_backward_hook(lambda module, left, entered: (-2.0 * left[0],))
     return network
 
 
@@ -404,6 +424,8 @@ VARIANTS: dict[str, Variant] = {
     "setup_context": right(lambda: Layer(WithContext, 2.0), -2.0, "reversal.alpha"),
     "hook on a tensor": right(lambda: ByHook(0.5), -0.5, "reversal.coeff"),
     "full backward hook": Variant(hooked, ("reverses",), -1.0, adopted=True),
+    "full backward hook on a layer that does something": Variant(hooked_features, ("reverses",), -2.0),
+    "hook in a forward": Variant(HookInForward, ("reverses",), -0.5),
     "arithmetic": right(lambda: ByArithmetic(0.5), -0.5, "reversal.coeff"),
     "optional coefficient": right(CallsPerFunction, -1.0),
     "warm start": right(lambda: WarmStart(lo=0.1), -0.1),
@@ -444,24 +466,32 @@ VARIANTS: dict[str, Variant] = {
         lambda: Layer(ForgetsTheSign, 1.0), "factor +1", factor=1.0, coeff_from="reversal.alpha"
     ),
     "coefficient 0": layer(
-        lambda: Layer(ReverseLayerF, 0.0), "factor 0", factor=0.0, coeff_from="reversal.alpha"
+        lambda: Layer(ReverseLayerF, 0.0), "factor 0", factor=0.0, coeff_from="reversal.alpha", adopted=True
     ),
     "gradient clipped": layer(lambda: Bare(ClipsTheGradient), "no multiple"),
     "input detached": Variant(Detached, ("detached",)),
-    "logits not returned": Variant(Unused, ("unused",), -1.0),
+    "output detached": layer(ThenDetached, "detached", factor=0.0),
+    "logits not returned": Variant(Unused, ("unused",), -1.0, adopted=True),
     "softmax over one unit": Variant(
         lambda: Network(Layer(), nn.Sequential(nn.Linear(8, 1), nn.Softmax(dim=1))),
         ("no gradient",),
         -0.5,
         coeff_from="reversal.alpha",
+        adopted=True,
     ),
-    "features frozen": Variant(frozen, ("all frozen",), -0.5, coeff_from="reversal.alpha"),
-    "reversed twice": Variant(Twice, ("reversed twice", "reverses"), -1.0),
+    "features frozen": Variant(frozen, ("all frozen",), -0.5, coeff_from="reversal.alpha", adopted=True),
+    "reversed twice": Variant(Twice, ("reversed twice", "reverses"), -1.0, adopted=True),
     "in-place operation behind it": Variant(
+        lambda: nn.Sequential(nn.Linear(6, 8), Layer(), nn.ReLU(inplace=True), nn.Linear(8, 2)),
+        ("fails",),
+        -0.5,
+        coeff_from="1.alpha",
+        adopted=True,
+    ),
+    "in-place operation on what another branch reads": Variant(
         lambda: Network(Layer(), nn.Sequential(nn.ReLU(inplace=True), nn.Linear(8, 2))),
         ("fails",),
         -0.5,
         coeff_from="reversal.alpha",
-        adopted=True,
     ),
 }

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from grl_surgery.doctor.finding import Site, observe
-from grl_surgery.doctor.rig import Rig, shared_holders, shared_state_kept
-from grl_surgery.measurement import repeatable
+from grl_surgery.doctor.rig import Rig, private_runs, shared_holders
 
 __all__ = ["Home", "homes", "with_coefficients"]
 
@@ -100,7 +99,7 @@ def _home(model: nn.Module, inputs: Any, site: Site, seed: int, training: bool |
     if site.passing is None or site.finding.moves or not isinstance(factor, float):
         return None
     for candidate in _candidates(model, inputs, site, factor):
-        with repeatable(), shared_state_kept(model):
+        with private_runs(model):
             rig = Rig.of(model, inputs, seed=seed, training=training)
             candidate.set(rig, _OTHER)
             found = observe(rig).factors.get(site.passing.key)

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from grl_surgery.doctor.rig import Gradients, Rig
+from grl_surgery.errors import SurgeryError
 from grl_surgery.measurement import objective, tensors_in
 
 __all__ = ["CONTEXTS", "Context", "Ready"]
@@ -41,12 +42,14 @@ class Context:
         prepare: Makes what runs from a private network.
         tolerance: How far a gradient may be from eager mode's, as a part of what the reversal makes of it.
         needs: A package without which it is left out.
+        takes_coefficient: Whether to try whether another coefficient is obeyed there.
     """
 
     name: str
     prepare: Callable[[Rig], Ready]
     tolerance: float = 0.01
     needs: str | None = None
+    takes_coefficient: bool = True
 
 
 def _calling(rig: Rig, call: Callable[..., Any], network: nn.Module | None = None) -> Ready:
@@ -109,7 +112,9 @@ def _sum_over_samples(rig: Rig) -> Gradients:
     def loss(parameters: dict[str, torch.Tensor], values: Any, weight: Any) -> torch.Tensor:
         *one, by_name = pytree.tree_map_only(torch.Tensor, lambda value: value[None], values)
         called = torch.func.functional_call(rig.network, (parameters, buffers), tuple(one), by_name)
-        pairs = zip(tensors_in(called), weight, strict=True)
+        pairs = list(zip(tensors_in(called), weight, strict=True))
+        if any(output.shape != (1, *direction.shape) for output, direction in pairs):
+            raise SurgeryError("what it returns for one sample has another shape than in a batch")
         return torch.stack([(output[0] * direction).sum() for output, direction in pairs]).sum()
 
     dims = pytree.tree_map(lambda value: 0 if isinstance(value, torch.Tensor) else None, given)

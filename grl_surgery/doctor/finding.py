@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from grl_surgery.doctor.report import Finding, shown_factor
-from grl_surgery.doctor.rig import Rig, shared_state_kept
+from grl_surgery.doctor.rig import Rig, private_runs
+from grl_surgery.doctor.verdicts import Finding, shown_factor
 from grl_surgery.doctor.watch import (
     Factor,
     Key,
@@ -24,7 +24,6 @@ from grl_surgery.doctor.watch import (
 )
 from grl_surgery.errors import SurgeryError
 from grl_surgery.loading.inputs import example_inputs as known_inputs
-from grl_surgery.measurement import repeatable
 from grl_surgery.reversal import GradientReversal
 from grl_surgery.splicing import check_model
 
@@ -135,7 +134,7 @@ class Site:
 
 def examine(model: nn.Module, inputs: Any, *, seed: int = 0, training: bool | None = None) -> list[Site]:
     """Find, measure and judge."""
-    with repeatable(), shared_state_kept(model) as changed:
+    with private_runs(model) as changed:
         first = observe(Rig.of(model, inputs, seed=seed, training=training))
         sites = _judge(model, first)
         again = observe(first.rig) if first.failure is None else first
@@ -144,8 +143,11 @@ def examine(model: nn.Module, inputs: Any, *, seed: int = 0, training: bool | No
 
 
 def _judge(model: nn.Module, seen: Observation) -> list[Site]:
+    flow = _Flow(seen)
+    for row in seen.watch.passings:
+        if seen.factors[row.key] == 1.0 and flow.passages.get(row.enters) is not None:
+            seen.factors[row.key] = flow.passages[row.enters]  # a module's backward hook acts only there
     chosen = _chosen(seen)
-    flow = _Flow(seen, chosen)
     grouped: dict[tuple[Any, ...], Site] = {}
     for row in chosen:
         inner = tuple(other for other in seen.watch.passings if row.call >= 0 and row.call in other.inside)
@@ -198,14 +200,14 @@ def _is_idle(row: Passing, seen: Observation) -> bool:
 class _Flow:
     """One whole backward pass: where gradients arrive, die, and go on to."""
 
-    def __init__(self, seen: Observation, rows: Iterable[Passing]) -> None:
+    def __init__(self, seen: Observation) -> None:
         self.seen = seen
         self.failure = seen.failure
         self.entered: dict[Any, bool] = {}
         self.died: list[Any] = []
         self.passages: dict[Any, Factor] = {}
         if seen.failure is None:
-            self._run({row.enters for row in rows})
+            self._run({row.enters for row in seen.watch.passings if row.kind == "function"})
 
     def _run(self, watched: set[Any]) -> None:
         handles = [node.register_hook(self._hook(node, node in watched)) for node in self.seen.reached]
@@ -250,7 +252,8 @@ class _Flow:
         if self.failure is not None:
             return "fails", f"behind it: {one_line(self.failure)}"
         if row.enters is None:
-            return "detached", "its input carries no gradient: detached, or computed under no_grad"
+            end = "output" if row.below else "input"
+            return "detached", f"its {end} carries no gradient: detached, or computed under no_grad"
         if factor is None:
             return "no multiple", "what leaves is no multiple of the gradient that enters"
         values = factor if isinstance(factor, tuple) else (factor,)
@@ -334,6 +337,8 @@ def _where(row: Passing) -> str:
     if row.kind == "module":
         return row.path or "the network itself"
     what = "a hook" if row.kind == "hook" else row.name
+    if row.kind == "function" and row.own.__module__.startswith("torch.nn"):
+        what = "a backward hook"
     return f"{what} in {row.path}" if row.path else what
 
 
@@ -369,11 +374,13 @@ def _failure(model: nn.Module, seen: Observation, error: Exception) -> Finding:
 
 
 def _line_that_failed(error: Exception) -> str | None:
+    """The innermost line that is the user's own, and not an installed library's."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return source_line(frames[-1]) if frames else None
+    own = [frame for frame in frames if "-packages" not in frame.f_code.co_filename]
+    return source_line((own or frames)[-1]) if frames else None
 
 
 def one_line(error: BaseException) -> str:
-    """An error's kind and the first line of what it says."""
+    """An error's kind and the first sentence of what it says."""
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+    return f"{type(error).__name__}: {lines[0].partition('. ')[0] if lines else ''}"

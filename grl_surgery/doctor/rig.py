@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
+import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,10 +17,17 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from grl_surgery.function_calls import function_classes
-from grl_surgery.measurement import Experiment, objective, private_copy, tensors_in, with_tensors
+from grl_surgery.measurement import (
+    Experiment,
+    objective,
+    private_copy,
+    repeatable,
+    tensors_in,
+    with_tensors,
+)
 from grl_surgery.sharing import share_copy
 
-__all__ = ["Gradients", "Rig", "shared_state_kept"]
+__all__ = ["Gradients", "Rig", "private_runs", "shared_holders"]
 
 Gradients = dict[str, torch.Tensor]
 
@@ -112,12 +122,31 @@ class Rig:
 
 
 @contextlib.contextmanager
-def shared_state_kept(model: nn.Module) -> Iterator[list[str]]:
-    """Put class attributes and global numbers back that a forward or a backward changes.
+def private_runs(model: nn.Module) -> Iterator[list[str]]:
+    """Run a network repeatably and silently, and put everything back that its instances share.
 
     Yields:
-        A list that is filled in the end: the names of what had been changed.
+        A list that is filled in the end: the names of class attributes and globals that were changed.
     """
+    level = logging.root.manager.disable
+    with (
+        repeatable(),
+        _shared_state_kept(model) as changed,
+        warnings.catch_warnings(),
+        contextlib.redirect_stderr(io.StringIO()),  # torch.export prints the graph that it gave up on
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        logging.disable(logging.ERROR)
+        try:
+            yield changed
+        finally:
+            logging.disable(level)
+
+
+@contextlib.contextmanager
+def _shared_state_kept(model: nn.Module) -> Iterator[list[str]]:
+    """Put class attributes and global numbers back that a forward or a backward changes."""
     holders = shared_holders(model)
     before = {label: _values(holder) for label, holder in holders.items()}
     changed: list[str] = []

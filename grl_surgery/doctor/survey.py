@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,31 +13,13 @@ from torch import nn
 from grl_surgery.doctor.coefficients import Home, homes
 from grl_surgery.doctor.contexts import CONTEXTS, Context, Ready
 from grl_surgery.doctor.finding import Site, examine, observe, one_line
-from grl_surgery.doctor.rig import Gradients, Rig, shared_state_kept
+from grl_surgery.doctor.rig import Gradients, Rig, private_runs
+from grl_surgery.doctor.verdicts import Outcome, Status
 from grl_surgery.doctor.watch import Key, Watch
-from grl_surgery.measurement import repeatable
 
-__all__ = ["Outcome", "Status", "eager_gradients", "survey"]
+__all__ = ["eager_gradients", "survey"]
 
-Status = Literal["alive", "LOST", "wrong", "frozen", "off", "error"]
 Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of the reversals in one context.
-
-    Args:
-        context: Its name.
-        status: ``alive``; ``LOST``: no error, and the gradient is as without the reversal; ``wrong``: no
-            error, and it is neither; ``frozen``: alive, with the coefficient of the moment for good;
-            ``off``: the identity in that mode, as its author wrote it; ``error``.
-        note: The error, or what is known besides.
-    """
-
-    context: str
-    status: Status
-    note: str = ""
 
 
 def survey(
@@ -100,7 +79,7 @@ class _Patient:
         self.homes = homes(self.model, self.inputs, self.sites, seed=self.seed, training=self.training)
 
     def _eager(self, neutral: frozenset[Key], change: Callable[[Rig], None] = lambda rig: None) -> Gradients:
-        with repeatable(), shared_state_kept(self.model):
+        with private_runs(self.model):
             rig = self._rig()
             change(rig)
             return eager_gradients(rig, neutral)
@@ -110,7 +89,7 @@ class _Patient:
 
     def outcome(self, context: Context) -> Outcome:
         """Run one context and compare."""
-        with repeatable(), shared_state_kept(self.model), _quiet():
+        with private_runs(self.model):
             rig = self._rig()
             try:
                 ready = context.prepare(rig)
@@ -135,7 +114,7 @@ class _Patient:
 
     def _is_frozen(self, context: Context, rig: Rig, ready: Ready, home: Home) -> bool:
         """Whether another coefficient, set on what runs, is obeyed there."""
-        if home.kind == "shared" or home.sign == 0:
+        if home.kind == "shared" or home.sign == 0 or not context.takes_coefficient:
             return False
         wanted = self._eager(frozenset(), lambda fresh: home.set(fresh, _OTHER))
         try:
@@ -198,16 +177,3 @@ def _close(
 
 def _rms(gradient: torch.Tensor) -> float:
     return float(gradient.abs().square().mean().sqrt()) if gradient.numel() else 0.0
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """What tracers and compilers have to say about the user's network is not the question here."""
-    level = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)

@@ -251,12 +251,13 @@ class Watch:
             if goes_on:
                 ctx.register_hook(replace)
 
+        name = kind.__qualname__.removeprefix("GeneratedBackwardFor_").removesuffix("_default")
         self.passings.append(
             Passing(
                 kind="function",
                 path=path,
-                name=kind.__qualname__,
-                number=self._number("function", path, kind.__qualname__),
+                name=name,
+                number=self._number("function", path, name),
                 inside=inside,
                 source=source_line(),
                 enters=ctx if goes_on else None,

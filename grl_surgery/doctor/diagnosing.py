@@ -1,0 +1,123 @@
+"""The diagnosis of a network: what reverses, where that is lost, and what adopting it would mend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from grl_surgery.doctor.adopting import adopt_unsurveyed
+from grl_surgery.doctor.coefficients import with_coefficients
+from grl_surgery.doctor.contexts import CONTEXTS, Context
+from grl_surgery.doctor.finding import examine, inputs_of
+from grl_surgery.doctor.report import Diagnosis
+from grl_surgery.doctor.survey import survey
+from grl_surgery.doctor.verdicts import Finding, Outcome
+from grl_surgery.errors import SurgeryError
+from grl_surgery.splicing import check_model
+
+__all__ = ["assert_flips", "diagnose"]
+
+Progress = Callable[[str], None]
+
+
+def diagnose(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    ddp: bool = False,
+    seed: int = 0,
+    progress: Progress = lambda what: None,
+) -> Diagnosis:
+    """Say whether the reversals of a network are alive, wherever it may run, and prove it by measuring.
+
+    The network runs, privately, in eager mode, in train and in eval mode, through torch.fx, torchvision's
+    extractor, torch.export (also saved and loaded), torch.compile (with the ``aot_eager`` backend),
+    per-sample gradients, autocast, checkpointing and deepcopy. The gradients of all parameters are compared
+    with those of eager mode, and with those of the same network whose reversals pass gradients on unchanged.
+    Then the same is done with what :func:`adopt` makes of it.
+
+    Example:
+        >>> from grl_surgery.reversal import GradientReversal
+        >>> import torch
+        >>> net = nn.Sequential(nn.Linear(4, 8), GradientReversal(0.5), nn.Linear(8, 2))
+        >>> diagnose(net, torch.randn(3, 4)).ok
+        True
+
+    Args:
+        model: Any network; neither it nor anything that its forward touches is changed.
+        example_inputs: As for :func:`find_reversals`.
+        ddp: Also run it under DistributedDataParallel, in two processes. It has to be picklable then.
+        seed: Of all random numbers.
+        progress: Is told what is about to run.
+
+    Returns:
+        The diagnosis, which prints as a table.
+
+    Raises:
+        SurgeryError: There are no example inputs, or the model is no network.
+    """
+    check_model(model, "diagnose")
+    inputs = inputs_of(model, example_inputs, "diagnose")
+    progress("looking for reversals")
+    sites = examine(model, inputs, seed=seed, training=True)
+    findings = tuple(
+        site.finding for site in with_coefficients(model, inputs, sites, seed=seed, training=True)
+    )
+    contexts = _contexts(ddp)
+    outcomes: Sequence[Outcome] = ()
+    if any(finding.ok for finding in findings):
+        outcomes = survey(model, inputs, seed=seed, progress=progress, contexts=contexts)
+    if all(finding.ours or not _is_adoptable(finding) for finding in findings):
+        return Diagnosis(findings, tuple(outcomes))
+    after, words = _after_adoption(model, inputs, contexts, seed, progress)
+    return Diagnosis(findings, tuple(outcomes), tuple(after), words)
+
+
+def _is_adoptable(finding: Finding) -> bool:
+    return finding.verdict in ("reverses", "fails") and isinstance(finding.factor, float)
+
+
+def _contexts(ddp: bool) -> Sequence[Context]:
+    if not ddp:
+        return CONTEXTS
+    from grl_surgery.doctor.processes import TWO_PROCESSES
+
+    return (*CONTEXTS, TWO_PROCESSES)
+
+
+def _after_adoption(
+    model: nn.Module, inputs: Any, contexts: Sequence[Context], seed: int, progress: Progress
+) -> tuple[Sequence[Outcome], str]:
+    progress("adopting")
+    try:
+        adoption = adopt_unsurveyed(model, inputs, seed=seed)
+    except SurgeryError as error:
+        return (), str(error).partition("\n")[0]
+    told: Progress = lambda what: progress(f"{what}, adopted")  # noqa: E731
+    adoption.outcomes = tuple(survey(adoption.model, inputs, seed=seed, progress=told, contexts=contexts))
+    return adoption.outcomes, adoption.verdict
+
+
+def assert_flips(model: nn.Module, example_inputs: Any = None, *, seed: int = 0) -> None:
+    """Fail where a network has no reversal, or loses one without an error anywhere it may run.
+
+    For a test suite of one's own: it raises what pytest shows as a failure.
+
+    Example:
+        >>> from grl_surgery.reversal import GradientReversal
+        >>> import torch
+        >>> net = nn.Sequential(nn.Linear(4, 8), GradientReversal(0.5), nn.Linear(8, 2))
+        >>> assert_flips(net, torch.randn(3, 4))
+
+    Args:
+        model: The network.
+        example_inputs: As for :func:`find_reversals`.
+        seed: Of all random numbers.
+
+    Raises:
+        FlipError: Naming what is lost, and where.
+        SurgeryError: There are no example inputs, or the model is no network.
+    """
+    diagnose(model, example_inputs, seed=seed).raise_if_lost()
