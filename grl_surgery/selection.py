@@ -44,19 +44,22 @@ def select_points(
     parts = list(selector) if isinstance(selector, (list, tuple)) else [selector]
     if not parts:
         raise SurgeryError(f"{keyword}={selector!r} names no point", example=f"{keyword}='layer3'")
-    names = (name for part in parts for name in _select(model, part, keyword, example_inputs))
+    paths = module_paths(model)
+    names = (name for part in parts for name in _select(model, part, keyword, example_inputs, paths))
     return list(dict.fromkeys(names))
 
 
-def _select(model: nn.Module, part: Any, keyword: str, example_inputs: Any) -> list[str]:
+def _select(
+    model: nn.Module, part: Any, keyword: str, example_inputs: Any, paths: Mapping[str, str]
+) -> list[str]:
     if isinstance(part, GraphNode):
         return [part.name]
     if isinstance(part, str) and part.startswith(_FEATURE):
         return [_by_feature(model, part)]
     if isinstance(part, str):
-        return _by_pattern(model, part) if points.pattern(part) else [canonical(part, module_paths(model))]
+        return _by_pattern(model, part, paths) if points.pattern(part) else [canonical(part, paths)]
     if inspect.isclass(part) and issubclass(part, nn.Module):
-        return _by_class(model, part)
+        return _by_class(model, part, paths)
     if callable(part) and not isinstance(part, nn.Module) and not inspect.isclass(part):
         return _by_predicate(model, part, example_inputs)
     raise SurgeryError(
@@ -85,8 +88,7 @@ def _by_feature(model: nn.Module, text: str) -> str:
     return points.escape(listed[int(index)])
 
 
-def _by_pattern(model: nn.Module, text: str) -> list[str]:
-    paths = module_paths(model)
+def _by_pattern(model: nn.Module, text: str, paths: Mapping[str, str]) -> list[str]:
     around = {real for name, real in paths.items() if points.may_enclose(text, name)}
     opened = {path for path in around if not is_building_block(model.get_submodule(path))}
     names = trace(model, opened, lenient=True).names()
@@ -102,15 +104,15 @@ def _by_pattern(model: nn.Module, text: str) -> list[str]:
     return found
 
 
-def _by_class(model: nn.Module, kind: type[nn.Module]) -> list[str]:
-    found = [points.escape(path) for path, m in model.named_modules() if path and isinstance(m, kind)]
+def _by_class(model: nn.Module, kind: type[nn.Module], paths: Mapping[str, str]) -> list[str]:
+    found = {points.escape(path): None for path, m in model.named_modules() if path and isinstance(m, kind)}
     if not found:
         present = list(dict.fromkeys(type(module).__name__ for module in model.modules()))
         raise PointNotFoundError(
             f"there is no {kind.__name__} in this {type(model).__name__}",
             choices=points.near_names(kind.__name__, present) or present[:5],
         )
-    opened = {parent for path in found for parent in points.enclosing(path, module_paths(model))}
+    opened = {parent for path in found for parent in points.enclosing(path, paths)}
     names = trace(model, opened, lenient=True).names()
     return [name for name in names if points.split_number(name)[0] in found]
 
