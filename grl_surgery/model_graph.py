@@ -8,6 +8,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -51,10 +52,58 @@ class ModelGraph:
         return len(self.nodes)
 
     def __str__(self) -> str:
-        rows = [("point", "type", "output", "parameters"), *(_row(node) for node in self.nodes)]
-        widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        lines = ("  ".join([*map(str.ljust, row, widths), row[3]]).rstrip() for row in rows)
-        return "\n".join(lines)
+        from grl_surgery.drawing.text import GraphTree, graph_text
+
+        return graph_text(GraphTree(self), _AS_WIDE_AS_NEEDED)
+
+    def _repr_svg_(self) -> str:
+        from grl_surgery.drawing.svg import graph_svg
+
+        return graph_svg(self)
+
+    def to_dot(self) -> str:
+        """The graph in the DOT language of Graphviz."""
+        from grl_surgery.drawing.dot import graph_dot
+
+        return graph_dot(self)
+
+    def to_mermaid(self) -> str:
+        """The graph as a Mermaid flowchart."""
+        from grl_surgery.drawing.mermaid import graph_mermaid
+
+        return graph_mermaid(self)
+
+    def to_svg(self, path: str | Path) -> None:
+        """Write the graph as an SVG image, as deep as it is.
+
+        Example:
+            >>> import tempfile
+            >>> from torch import nn
+            >>> describe(nn.Sequential(nn.Linear(4, 8), nn.ReLU())).to_svg(tempfile.mkdtemp() + "/net.svg")
+
+        Args:
+            path: The file to write, or to replace.
+
+        Raises:
+            ExportError: The folder does not exist.
+        """
+        from grl_surgery.drawing.html import write_page
+        from grl_surgery.drawing.svg import graph_svg
+
+        write_page(path, graph_svg(self))
+
+    def to_html(self, path: str | Path) -> None:
+        """Write a page that needs no network: the whole network, its blocks closed, to be opened one by one.
+
+        Args:
+            path: The file to write, or to replace.
+
+        Raises:
+            ExportError: The folder does not exist.
+        """
+        from grl_surgery.drawing.html import graph_page, write_page
+
+        write_page(path, graph_page(self.whole()))
 
     def to_json(self) -> str:
         """The graph as JSON: ``{"name", "nodes", "edges", "blocks"}``."""
@@ -79,9 +128,7 @@ class ModelGraph:
         return replace(self, nodes=nodes, edges=edges)
 
 
-def _row(node: GraphNode) -> tuple[str, str, str, str]:
-    shape = "" if node.shape is None else "x".join(map(str, node.shape)) or "0-d"
-    return node.name, node.type, shape, f"{node.parameters:,}" if node.parameters else ""
+_AS_WIDE_AS_NEEDED = 10_000
 
 
 def describe(model: nn.Module, depth: int | None = 1, example_inputs: Any = None) -> ModelGraph:

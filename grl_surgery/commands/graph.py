@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from enum import Enum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from grl_surgery import points
 from grl_surgery.commands.networks import (
+    INPUTS,
     load,
     prefixed,
+    splice,
 )
 from grl_surgery.commands.options import (
+    After,
     AsJson,
     Batch,
+    Before,
     Checkpoint,
     InputSize,
     Model,
+    OnEdge,
     Pretrained,
 )
 from grl_surgery.commands.streams import stdout, working
@@ -33,6 +40,12 @@ if TYPE_CHECKING:
     from grl_surgery.models import LoadedModel
 
 __all__ = ["print_graph"]
+
+
+class Viewer(str, Enum):
+    """A program that shows graphs."""
+
+    model_explorer = "model-explorer"
 
 
 def print_graph(
@@ -66,26 +79,58 @@ def print_graph(
     train: Annotated[
         bool | None, typer.Option("--train/--eval", help="Mode to look at.", show_default=False)
     ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Draw it instead: .svg, .html (blocks that open), .dot or .mmd (Mermaid).",
+            show_default=False,
+        ),
+    ] = None,
+    open_in: Annotated[
+        Viewer | None,
+        typer.Option(
+            help="Show the exported program there; with reversals in it, coloured by what the gradient does.",
+            show_default=False,
+        ),
+    ] = None,
+    after: After = None,
+    before: Before = None,
+    edge: OnEdge = None,
     input_size: InputSize = None,
     batch: Batch = 2,
     as_json: AsJson = False,
     pretrained: Pretrained = False,
     checkpoint: Checkpoint = None,
 ) -> None:
-    """Print the points of a network: names for --after, types, output shapes, parameters."""
+    """Print or draw the points of a network: names for --after, types, output shapes, parameters.
+
+    With --after, --before or --edge, the network is shown with reversals there.
+    """
     from grl_surgery.drawing import without
 
+    write = _writer(output) if output else None
     loaded = load(model, pretrained, checkpoint, input_size, batch)
+    if after or before or edge:
+        loaded = replace(loaded, module=splice(loaded.module, after, before, edge, 1.0))
     if train is not None:
         loaded.module.train(train)
+    if open_in:
+        _open_in_model_explorer(loaded)
+        return
+    levels = depth or (None if find or (output or "").endswith(".html") else 1)
     with working("Tracing"):
-        graphs, sizes = _graphs(loaded, under, depth or (None if find else 1))
+        graphs, sizes = _graphs(loaded, under, levels, only_deepest=bool(output and not find))
     whole = graphs[-1]
     if find:
         graphs = [_found(graphs, find)]
     elif not (everything or as_json):
         graphs[-1] = without(whole, sizes)
-    if as_json:
+    if write:
+        write(graphs[-1])
+    elif as_json:
         stdout().out(graphs[-1].to_json(), highlight=False)
     elif edges:
         stdout().out(*_edge_lines(graphs[-1]), sep="\n", highlight=False)
@@ -93,7 +138,47 @@ def print_graph(
         _print_tree(loaded, graphs, hidden=0 if find else len(whole) - len(graphs[-1]))
 
 
-def _graphs(loaded: LoadedModel, under: str | None, depth: int | None) -> tuple[list[ModelGraph], set[str]]:
+def _writer(output: str) -> Callable[[ModelGraph], None]:
+    """What writes a graph into a file with this ending."""
+    endings: dict[str, Callable[[ModelGraph], str]] = {
+        ".svg": lambda graph: graph._repr_svg_(),
+        ".html": _page,
+        ".dot": lambda graph: graph.to_dot() + "\n",
+        ".mmd": lambda graph: graph.to_mermaid() + "\n",
+    }
+    ending = os.path.splitext(output)[1]
+    if ending not in endings:
+        raise SurgeryError(
+            f"{output!r} has no ending of a picture", choices=[*endings], example="-o network.html"
+        )
+
+    def write(graph: ModelGraph) -> None:
+        from grl_surgery.drawing.html import write_page
+
+        text = endings[ending](graph)
+        write_page(output, text)
+        stdout().out(f"wrote {output}, {len(text.encode()):,} bytes", highlight=False)
+
+    return write
+
+
+def _page(graph: ModelGraph) -> str:
+    from grl_surgery.drawing.html import graph_page
+
+    return graph_page(graph)
+
+
+def _open_in_model_explorer(loaded: LoadedModel) -> None:
+    from grl_surgery.drawing.explorer import open_in_model_explorer
+
+    if loaded.example_inputs is None:
+        raise SurgeryError(f"nothing says what inputs {loaded.source} takes", example=INPUTS)
+    open_in_model_explorer(loaded.module, loaded.example_inputs)
+
+
+def _graphs(
+    loaded: LoadedModel, under: str | None, depth: int | None, only_deepest: bool
+) -> tuple[list[ModelGraph], set[str]]:
     """The graph asked for, behind the less deep ones that it refines; and its points that are no tensors."""
     from grl_surgery.drawing import size_nodes
     from grl_surgery.model_graph import describe
@@ -103,16 +188,15 @@ def _graphs(loaded: LoadedModel, under: str | None, depth: int | None) -> tuple[
     start = _level(under, paths) if under else 0
     deepest = start + depth if depth else max((path.count(".") + 2 for path in paths), default=1)
     try:
-        graphs = [
-            describe(model, level, loaded.example_inputs) for level in range(max(start, 1), deepest + 1)
-        ]
+        first = deepest if only_deepest else max(start, 1)
+        graphs = [describe(model, level, loaded.example_inputs) for level in range(first, deepest + 1)]
     except TracingError as error:
         if under is None:
             raise _with_way_in(error, model) from error
         part = model.get_submodule(under)
         graphs = [
             _inside(replace(describe(part, level), name=type(model).__name__), under)
-            for level in range(1, deepest - start + 1)
+            for level in range(deepest - start if only_deepest else 1, deepest - start + 1)
         ]
     sizes = size_nodes(graphs[-1])
     if under:
@@ -182,7 +266,7 @@ def _found(graphs: Sequence[ModelGraph], wanted: str) -> ModelGraph:
     for graph in reversed(graphs):  # less deep graphs add the edges of the modules that deeper ones look into
         edges |= dict.fromkeys(edge for edge in graph.edges if {edge.source, edge.target} & kept)
         kept -= {node.name for node in graph.nodes}
-    return replace(graphs[-1], nodes=tuple(found), edges=tuple(edges))
+    return replace(graphs[-1], nodes=tuple(found), edges=tuple(edges), blocks=())
 
 
 def _edge_lines(graph: ModelGraph) -> list[str]:

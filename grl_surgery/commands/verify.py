@@ -49,6 +49,10 @@ def verify(
     coeff: Coeff = 1.0,
     mode: Annotated[Mode, typer.Option(help="Mode to verify in.", show_choices=True)] = Mode.train,
     seed: Annotated[int, typer.Option(metavar="N", help="Of all random numbers.")] = 0,
+    html: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Write a page with the graph and the proof.", show_default=False),
+    ] = None,
     input_size: InputSize = None,
     batch: Batch = 2,
     as_json: AsJson = False,
@@ -68,12 +72,21 @@ def verify(
         modes = [None]  # a program has the mode that it was recorded in
     reports = [_verify(loaded, spliced, one, seed) for one in modes]
     ok = all(report.ok for report in reports)
+    if html:
+        _write_page(html, reports)
     if as_json:
         found = {"model": model, "ok": ok, "reports": [report.to_dict() for report in reports]}
         stdout().out(json.dumps(found, indent=1), highlight=False)
     else:
         _print_reports(reports)
     raise typer.Exit(0 if ok else FAILED)
+
+
+def _write_page(path: str, reports: Sequence[FlipReport]) -> None:
+    from grl_surgery.drawing.report_page import write_report
+
+    with working(f"Drawing {path}"):
+        write_report(path, reports)
 
 
 def _verify(

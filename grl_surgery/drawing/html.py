@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from grl_surgery.drawing.layout import ROW_GAP, lay_out
-from grl_surgery.drawing.nesting import Box, Inside, Line, boxes_in, nest
+from grl_surgery.drawing.nesting import Box, Inside, Line, boxes_in, nest, shape_text
 from grl_surgery.drawing.shading import GLYPHS, MEANINGS, Mark, View
 from grl_surgery.drawing.svg import (
     HEADER,
@@ -26,7 +26,6 @@ from grl_surgery.drawing.svg import (
     frame_svg,
     line_path,
     line_svg,
-    shape_text,
     size_of,
     title_width,
 )

@@ -11,7 +11,7 @@ from grl_surgery.drawing.sizes import size_nodes, without
 from grl_surgery.model_graph import ModelGraph
 from grl_surgery.points import Edge, GraphNode, parents, split_number
 
-__all__ = ["Box", "Inside", "Line", "boxes_in", "nest"]
+__all__ = ["Box", "Inside", "Line", "boxes_in", "nest", "shape_text", "words_of"]
 
 BoxKind = Literal[
     "input",
@@ -87,6 +87,22 @@ def boxes_in(inside: Inside) -> Iterator[Box]:
         yield box
         if box.inside:
             yield from boxes_in(box.inside)
+
+
+def shape_text(shape: tuple[int, ...] | None) -> str:
+    """``2×64×56×56``; empty where there is none."""
+    return "" if shape is None else "×".join(map(str, shape)) or "0-d"
+
+
+def words_of(box: Box) -> tuple[str, str]:
+    """What is written in a box: its name, and what it is."""
+    node = box.node
+    if node is None:
+        return box.label, ""
+    if box.kind == "reversal":
+        return box.label, f"gradient × −{node.coeff:g}"
+    kind = node.type if box.kind in ("module", "block", "head") else ""
+    return box.label, f"{kind}  {shape_text(node.shape)}".strip()
 
 
 class _Nesting:

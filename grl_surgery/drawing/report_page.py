@@ -8,8 +8,8 @@ from html import escape
 from pathlib import Path
 
 from grl_surgery.drawing.html import Column, Picture, legend, page, table, write_page
+from grl_surgery.drawing.nesting import shape_text
 from grl_surgery.drawing.shading import FACTORS, GLYPHS, View, kind_of, views_of
-from grl_surgery.drawing.svg import shape_text
 from grl_surgery.flip_report import FlipReport, ParameterFlip
 
 __all__ = ["report_page", "write_report"]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 
 from rich.cells import cell_len
 
 from grl_surgery.drawing.layout import Layout, lay_out
-from grl_surgery.drawing.nesting import Box, Inside, Line, nest
+from grl_surgery.drawing.nesting import Box, Inside, Line, nest, shape_text, words_of
 from grl_surgery.drawing.shading import GLYPHS, Mark
 from grl_surgery.model_graph import ModelGraph
 
@@ -22,7 +21,6 @@ __all__ = [
     "graph_svg",
     "line_path",
     "line_svg",
-    "shape_text",
     "size_of",
     "title_width",
 ]
@@ -97,37 +95,12 @@ def _described(box: Box) -> str:
 # ------------------------------------------------------------------------------------------- boxes
 
 
-@dataclass(frozen=True)
-class _Text:
-    """The two lines in a box, and what each is."""
-
-    name: str
-    detail: str
-
-
-def shape_text(shape: tuple[int, ...] | None) -> str:
-    """``2×64×56×56``; empty where there is none."""
-    return "" if shape is None else "×".join(map(str, shape)) or "0-d"
-
-
-def _text(box: Box) -> _Text:
-    node = box.node
-    if node is None:
-        return _Text(box.label, "")
-    shape = shape_text(node.shape)
-    if box.kind == "reversal":
-        return _Text(box.label, f"gradient × −{node.coeff:g}")
-    if box.kind in ("module", "block", "head"):
-        return _Text(box.label, f"{node.type}  {shape}".rstrip())
-    return _Text(box.label, shape)
-
-
 def size_of(box: Box) -> tuple[float, float]:
     """Width and height of a box that is not open."""
     if box.kind in ("entry", "exit", "junction"):
         return (9.0, 9.0)
-    text = _text(box)
-    name, detail = cell_len(_shortened(text.name)), cell_len(_shortened(text.detail))
+    name_text, detail_text = words_of(box)
+    name, detail = cell_len(_shortened(name_text)), cell_len(_shortened(detail_text))
     if _is_small(box):
         width = name * _CHARACTER + (detail + 1) * _SMALL * bool(detail)
         return (width + 2 * _BAND + 8, 24.0)
@@ -175,8 +148,8 @@ def _outline(box: Box, width: float, height: float) -> str:
 
 
 def _words(box: Box) -> str:
-    text = _text(box)
-    name, detail = escape(_shortened(text.name)), escape(_shortened(text.detail))
+    name_text, detail_text = words_of(box)
+    name, detail = escape(_shortened(name_text)), escape(_shortened(detail_text))
     if _is_small(box):
         second = f'<tspan class="detail" dx="{_SMALL:g}">{detail}</tspan>' if detail else ""
         return f'<text class="name" y="4">{name}{second}</text>'
@@ -195,19 +168,19 @@ def _mark_svg(box: Box, mark: Mark, width: float, height: float) -> str:
 
 def title_width(box: Box) -> float:
     """How wide a frame must be for its title."""
-    text = _text(box)
-    name, detail = cell_len(_shortened(text.name)), cell_len(_shortened(text.detail))
+    name_text, detail_text = words_of(box)
+    name, detail = cell_len(_shortened(name_text)), cell_len(_shortened(detail_text))
     return name * _CHARACTER + (detail + 1) * _SMALL + 2 * PAD + _BAND
 
 
 def frame_svg(box: Box, width: float, height: float) -> str:
     """The frame and the title of an open block, around (0, 0)."""
-    text = _text(box)
+    name_text, detail_text = words_of(box)
     x, y = -width / 2, -height / 2
     return (
         f'<rect class="frame" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" rx="7"/>'
-        f'<text class="title" x="{x + PAD:.1f}" y="{y + 18:.1f}">{escape(_shortened(text.name))}'
-        f'<tspan class="detail" dx="{_SMALL:g}">{escape(_shortened(text.detail))}</tspan></text>'
+        f'<text class="title" x="{x + PAD:.1f}" y="{y + 18:.1f}">{escape(_shortened(name_text))}'
+        f'<tspan class="detail" dx="{_SMALL:g}">{escape(_shortened(detail_text))}</tspan></text>'
     )
 
 

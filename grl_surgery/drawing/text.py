@@ -38,7 +38,7 @@ class GraphTree:
     Args:
         graph: What to print.
         around: Graphs of the same network that are less deep: the modules that ``graph`` looks into are
-            single nodes there, and head their branches here.
+            single nodes there, and head their branches here. Without them, the graph's own blocks do.
     """
 
     graph: ModelGraph
@@ -47,7 +47,8 @@ class GraphTree:
     @property
     def rows(self) -> list[Row]:
         """The lines, in the order of execution, each module before what it contains."""
-        return _nested(self.graph.nodes, [node for outer in self.around for node in outer.nodes])
+        outer = [node for graph in self.around for node in graph.nodes] or self.graph.blocks
+        return _nested(self.graph.nodes, outer)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
         rows = self.rows
@@ -125,7 +126,9 @@ def _with_calls(rows: Sequence[Row], calls: dict[str, dict[str, GraphNode]]) -> 
         if row.is_branch:
             path = row.node.name
             made = list(calls[path].values())
-            if branches[path] == len(made):
+            if len(made) == 1 and branches[path] > 1:  # known as a block, not by its calls
+                row = replace(row, node=replace(made[0], name=f"{path}#{seen[path] + 1}"))
+            elif branches[path] == len(made):
                 row = replace(row, node=made[seen[path]])
             else:  # two calls in a row look like one
                 row = replace(row, node=replace(row.node, type=f"{made[0].type}, {len(made)} calls"))
