@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from grl_surgery import schedules
     from grl_surgery.attaching import attach_domain_head
+    from grl_surgery.doctor.adopting import adopt
+    from grl_surgery.doctor.diagnosing import assert_flips, diagnose, find_reversals
+    from grl_surgery.doctor.report import Adoption, Diagnosis
+    from grl_surgery.doctor.verdicts import Finding
     from grl_surgery.errors import (
         AmbiguousPointError,
         ExportError,
@@ -62,6 +66,13 @@ _HOMES = {
     "FlipReport": "flip_report",
     "ParameterFlip": "flip_report",
     "ReversalFlip": "flip_report",
+    "find_reversals": "doctor.diagnosing",
+    "Finding": "doctor.verdicts",
+    "diagnose": "doctor.diagnosing",
+    "assert_flips": "doctor.diagnosing",
+    "Diagnosis": "doctor.report",
+    "adopt": "doctor.adopting",
+    "Adoption": "doctor.report",
     "domain_loss": "training",
     "entropy_weights": "training",
     "param_groups": "training",
@@ -73,13 +84,16 @@ _HOMES = {
 }
 
 __all__ = [
+    "Adoption",
     "AdversarialMetrics",
     "AmbiguousPointError",
     "CoefficientScheduler",
+    "Diagnosis",
     "DomainClassifier",
     "DomainHead",
     "Edge",
     "ExportError",
+    "Finding",
     "FlipError",
     "FlipReport",
     "GradientReversal",
@@ -92,11 +106,15 @@ __all__ = [
     "ShapeError",
     "SurgeryError",
     "TracingError",
+    "adopt",
+    "assert_flips",
     "attach_domain_head",
     "dann_lr",
+    "diagnose",
     "domain_loss",
     "entropy_weights",
     "export",
+    "find_reversals",
     "graph",
     "insert_grl",
     "load",

@@ -10,6 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from grl_surgery.commands.attach import attach
+from grl_surgery.commands.doctor import doctor
 from grl_surgery.commands.export import export
 from grl_surgery.commands.graph import print_graph
 from grl_surgery.commands.insert import insert
@@ -67,6 +68,7 @@ app.command()(attach)
 app.command()(verify)
 app.command()(export)
 app.command()(strip)
+app.command()(doctor)
 app.command()(zoo)
 
 

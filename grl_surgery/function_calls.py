@@ -66,6 +66,7 @@ def function_classes(
 def _recording(tracer: fx.Tracer, kind: Any, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     """A forward that leaves one node for its Function where it is given proxies."""
     with_context = kind.setup_context is torch.autograd.Function.setup_context
+    enabled = torch.is_grad_enabled()
 
     def record(*args: Any) -> Any:
         inputs = args[1:] if with_context or name == "setup_context" else args
@@ -73,6 +74,8 @@ def _recording(tracer: fx.Tracer, kind: Any, name: str, original: Callable[..., 
             return original(*args)
         if name == "setup_context":
             return None
-        return tracer.create_proxy("call_function", FunctionCall(kind), inputs, {})
+        with torch.set_grad_enabled(enabled):  # autograd has switched it off in here
+            with torch.set_grad_enabled(grad_mode):  # as at the call: around a forward, apply turns it off
+            return tracer.create_proxy("call_function", FunctionCall(kind), inputs, {})
 
     return record

@@ -256,25 +256,38 @@ class ByArithmetic(nn.Module):
 
 
 class WarmStart(nn.Module):
-    """The coefficient rises with every forward, from lo to hi along a sigmoid."""
+    """The Transfer-Learning-Library's warm start: the coefficient rises from lo to hi along a sigmoid.
+
+    With every forward; or, without ``auto_step``, where the training loop calls ``step()``.
+    """
 
     def __init__(
-        self, alpha: float = 1.0, lo: float = 0.0, hi: float = 1.0, max_iters: float = 100.0
+        self,
+        alpha: float = 1.0,
+        lo: float = 0.0,
+        hi: float = 1.0,
+        max_iters: int = 100,
+        auto_step: bool = True,
     ) -> None:
         super().__init__()
         self.alpha, self.lo, self.hi, self.max_iters = alpha, lo, hi, max_iters
+        self.auto_step = auto_step
         self.iter_num = 0
+
+    def step(self) -> None:
+        self.iter_num += 1
 
     def forward(self, x: Tensor) -> Tensor:
         span = self.hi - self.lo
         sigmoid = 1.0 / (1.0 + np.exp(-self.alpha * self.iter_num / self.max_iters))
         coeff = float(2.0 * span * sigmoid - span + self.lo)
-        self.iter_num += 1
+        if self.auto_step:
+            self.step()
         return ReverseLayerF.apply(x, coeff)
 
 
-class CallsPerFunction(nn.Module):
-    """The other published form: the coefficient is an argument with a default."""
+class OptionalCoefficient(nn.Module):
+    """The Transfer-Learning-Library's plain layer: the coefficient is an argument with a default."""
 
     def forward(self, x: Tensor, coeff: float = 1.0) -> Tensor:
         return ReverseLayerF.apply(x, coeff)
@@ -427,9 +440,12 @@ VARIANTS: dict[str, Variant] = {
     "full backward hook on a layer that does something": Variant(hooked_features, ("reverses",), -2.0),
     "hook in a forward": Variant(HookInForward, ("reverses",), -0.5),
     "arithmetic": right(lambda: ByArithmetic(0.5), -0.5, "reversal.coeff"),
-    "optional coefficient": right(CallsPerFunction, -1.0),
+    "optional coefficient": right(OptionalCoefficient, -1.0),
     "warm start": right(lambda: WarmStart(lo=0.1), -0.1),
     "warm start from zero": right(WarmStart, 0.0),
+    "warm start by hand": layer(
+        lambda: WarmStart(auto_step=False), "factor 0", factor=0.0, coeff_from="reversal.lo", adopted=True
+    ),
     "argument of forward": Variant(
         AlphaIsAnArgument, ("reverses",), -0.5, (IMAGES, 0.5), "argument 1 of forward", adopted=True
     ),

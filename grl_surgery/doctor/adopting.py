@@ -115,12 +115,13 @@ class _Work:
             self.left.append(Left(site.finding.where, reason))
             return
         schedule = None
-        if site.finding.moves:
+        if site.finding.kind == "module":
             schedule = rising(self.original, self.inputs, site, seed=self.seed)
-            if schedule is None:
-                reason = "its coefficient moves by itself, and not as gs.schedules.warm_start does"
-                self.left.append(Left(site.finding.where, reason))
-                return
+        if site.finding.moves and schedule is None:
+            reason = "its coefficient moves by itself, and not as gs.schedules.warm_start does"
+            self.left.append(Left(site.finding.where, reason))
+            return
+        home = None if schedule else home
         try:
             candidate, names = self._replaced(site, home)
             self._check(candidate)
@@ -288,7 +289,7 @@ def _adopted(site: Site, home: Home | None, name: str, schedule: Schedule | None
         notes.append(f"{home} is no parameter any more; its key in the state_dict is kept")
     if schedule is not None:
         notes.append(
-            f"it does not count forwards any more: CoefficientScheduler(model, {_call(schedule)}, ...)"
+            f"it does not count steps any more: gs.CoefficientScheduler(model, {_call(schedule)}, ...)"
         )
     return Adopted(site.finding.where, name, coeff, str(home) if follows else None, schedule, tuple(notes))
 

@@ -17,9 +17,41 @@ from grl_surgery.doctor.verdicts import Finding, Outcome
 from grl_surgery.errors import SurgeryError
 from grl_surgery.splicing import check_model
 
-__all__ = ["assert_flips", "diagnose"]
+__all__ = ["assert_flips", "diagnose", "find_reversals"]
 
 Progress = Callable[[str], None]
+
+
+def find_reversals(model: nn.Module, example_inputs: Any = None) -> tuple[Finding, ...]:
+    """Every place whose forward is the identity and whose backward reverses, and what only looks like one.
+
+    Nothing is recognised by its name. The network runs once, privately, and whatever passes its input on
+    unchanged is given a gradient of random numbers: modules, autograd Functions (also those behind custom
+    operators) and hooks on tensors. A whole backward pass shows whether a gradient arrives there at all,
+    where it goes on to, and whether it is reversed again.
+
+    Example:
+        >>> import torch
+        >>> from grl_surgery.reversal import GradientReversal
+        >>> net = nn.Sequential(nn.Linear(4, 8), GradientReversal(0.5), nn.Linear(8, 2))
+        >>> for finding in find_reversals(net, torch.randn(3, 4)):
+        ...     print(finding.where, finding.factor, finding.verdict, finding.coeff_from)
+        1 -0.5 reverses 1.coeff
+
+    Args:
+        model: Any network. It is not changed, nor are class attributes and globals that its forward writes.
+        example_inputs: Arguments of forward: a tensor, a tuple, or a dict by name; by default those that timm
+            or torchvision declare. Numbers among them are kept, so that a coefficient may be one of them.
+
+    Returns:
+        What was found, in the order of the forward.
+
+    Raises:
+        SurgeryError: There are no example inputs, or the model is no network.
+    """
+    check_model(model, "find_reversals")
+    inputs = inputs_of(model, example_inputs, "find_reversals")
+    return tuple(site.finding for site in with_coefficients(model, inputs, examine(model, inputs)))
 
 
 def diagnose(

@@ -25,41 +25,8 @@ from grl_surgery.doctor.watch import (
 from grl_surgery.errors import SurgeryError
 from grl_surgery.loading.inputs import example_inputs as known_inputs
 from grl_surgery.reversal import GradientReversal
-from grl_surgery.splicing import check_model
 
-__all__ = ["Observation", "Site", "examine", "find_reversals", "inputs_of", "observe", "one_line"]
-
-
-def find_reversals(model: nn.Module, example_inputs: Any = None) -> tuple[Finding, ...]:
-    """Every place whose forward is the identity and whose backward reverses, and what only looks like one.
-
-    Nothing is recognised by its name. The network runs once, privately, and whatever passes its input on
-    unchanged is given a gradient of random numbers: modules, autograd Functions (also those behind custom
-    operators) and hooks on tensors. A whole backward pass shows whether a gradient arrives there at all,
-    where it goes on to, and whether it is reversed again.
-
-    Example:
-        >>> net = nn.Sequential(nn.Linear(4, 8), GradientReversal(0.5), nn.Linear(8, 2))
-        >>> for finding in find_reversals(net, torch.randn(3, 4)):
-        ...     print(finding.where, finding.factor, finding.verdict, finding.coeff_from)
-        1 -0.5 reverses 1.coeff
-
-    Args:
-        model: Any network. It is not changed, nor are class attributes and globals that its forward writes.
-        example_inputs: Arguments of forward: a tensor, a tuple, or a dict by name; by default those that timm
-            or torchvision declare. Numbers among them are kept, so that a coefficient may be one of them.
-
-    Returns:
-        What was found, in the order of the forward.
-
-    Raises:
-        SurgeryError: There are no example inputs, or the model is no network.
-    """
-    from grl_surgery.doctor.coefficients import with_coefficients
-
-    check_model(model, "find_reversals")
-    inputs = inputs_of(model, example_inputs, "find_reversals")
-    return tuple(site.finding for site in with_coefficients(model, inputs, examine(model, inputs)))
+__all__ = ["Observation", "Site", "examine", "inputs_of", "observe", "one_line"]
 
 
 def inputs_of(model: nn.Module, example_inputs: Any, verb: str) -> Any:
@@ -145,8 +112,8 @@ def examine(model: nn.Module, inputs: Any, *, seed: int = 0, training: bool | No
 def _judge(model: nn.Module, seen: Observation) -> list[Site]:
     flow = _Flow(seen)
     for row in seen.watch.passings:
-        if seen.factors[row.key] == 1.0 and flow.passages.get(row.enters) is not None:
-            seen.factors[row.key] = flow.passages[row.enters]  # a module's backward hook acts only there
+        if row.is_backward_hook and flow.passages.get(row.enters) is not None:
+            seen.factors[row.key] = flow.passages[row.enters]  # it acts in a whole backward pass only
     chosen = _chosen(seen)
     grouped: dict[tuple[Any, ...], Site] = {}
     for row in chosen:
@@ -191,7 +158,7 @@ def _is_idle(row: Passing, seen: Observation) -> bool:
         return False
     if row.kind == "module":
         return not callable(getattr(row.own, "backward", None))
-    return row.kind == "hook" or str(row.own.__module__).startswith("torch.nn")
+    return row.kind == "hook" or row.is_backward_hook
 
 
 # ---------------------------------------------------------------------------------------- the gradient's way
@@ -337,7 +304,7 @@ def _where(row: Passing) -> str:
     if row.kind == "module":
         return row.path or "the network itself"
     what = "a hook" if row.kind == "hook" else row.name
-    if row.kind == "function" and row.own.__module__.startswith("torch.nn"):
+    if row.is_backward_hook:
         what = "a backward hook"
     return f"{what} in {row.path}" if row.path else what
 
@@ -346,7 +313,8 @@ def _with_movement(site: Site, later: Mapping[Key, Factor | Exception], changed:
     """A factor that is another one at the next forward, and counters that a whole class shares."""
     now = site.finding.factor
     then = later.get(site.passing.key) if site.passing else now
-    if then == now or now is None or then is None or isinstance(then, Exception):
+    by_hook = site.passing is not None and site.passing.is_backward_hook
+    if by_hook or then == now or now is None or then is None or isinstance(then, Exception):
         return site
     moves = f"the factor moves by itself: {shown_factor(now)}, then {shown_factor(then)}"
     counts = (f"it counts in {name}, which all instances share" for name in changed)

@@ -18,35 +18,40 @@ _FAR = 10**9
 
 
 def rising(model: nn.Module, inputs: Any, site: Site, *, seed: int = 0) -> Schedule | None:
-    """The warm start that a layer computes from the number of its forwards.
+    """The warm start that a layer computes from the number of its steps, which it may count itself.
 
-    The layer's counter is found by running it; it is then set to chosen numbers of forwards, and the factors
-    measured there tell lo, hi and the rate. Three more of them have to agree.
+    The layer's counter is found by running it, or by trying; it is then set to chosen numbers of steps, and
+    the factors measured there tell lo, hi and the rate. Three more of them have to agree.
 
     Returns:
         The schedule, or None where the layer has no counter or follows another rule.
     """
+    path = site.finding.path
+    for counter in _counters(model, inputs, site, seed):
+
+        def coefficient(count: int, counter: str = counter) -> float:
+            with private_runs(model):
+                rig = Rig.of(model, inputs, training=True, seed=seed)
+                setattr(rig.network.get_submodule(path), counter, count)
+                factor = observe(rig).factors.get(site.passing.key) if site.passing else None
+            return 0.0 - factor if isinstance(factor, float) else math.nan
+
+        found = _fitted(coefficient, _numbers(model.get_submodule(path)))
+        if found is not None:
+            return found
+    return None
+
+
+def _counters(model: nn.Module, inputs: Any, site: Site, seed: int) -> list[str]:
+    """The attributes that one forward makes larger by one; or those that might, where it makes none."""
     with private_runs(model):
-        counter = _counter(Rig.of(model, inputs, training=True, seed=seed), site.finding.path)
-    if counter is None:
-        return None
-
-    def coefficient(count: int) -> float:
-        with private_runs(model):
-            rig = Rig.of(model, inputs, training=True, seed=seed)
-            setattr(rig.network.get_submodule(site.finding.path), counter, count)
-            factor = observe(rig).factors.get(site.passing.key) if site.passing else None
-        return 0.0 - factor if isinstance(factor, float) else math.nan
-
-    return _fitted(coefficient, _numbers(model.get_submodule(site.finding.path)))
-
-
-def _counter(rig: Rig, path: str) -> str | None:
-    """The attribute that one forward makes larger by one."""
-    before = _numbers(rig.network.get_submodule(path))
-    observe(rig)
-    after = _numbers(rig.network.get_submodule(path))
-    return next((name for name in before if after.get(name) == before[name] + 1), None)
+        rig = Rig.of(model, inputs, training=True, seed=seed)
+        before = _numbers(rig.network.get_submodule(site.finding.path))
+        observe(rig)
+        after = _numbers(rig.network.get_submodule(site.finding.path))
+    if site.finding.moves:
+        return [name for name in before if after.get(name) == before[name] + 1]
+    return [name for name, value in before.items() if type(value) is int]
 
 
 def _numbers(module: nn.Module) -> dict[str, float]:

@@ -62,6 +62,11 @@ class Passing:
     tensor: int = 0
 
     @property
+    def is_backward_hook(self) -> bool:
+        """Whether it is the Function by which torch calls a module's full backward hooks."""
+        return self.kind == "function" and str(self.own.__module__).startswith("torch.nn")
+
+    @property
     def key(self) -> Key:
         """The same in every run."""
         return (self.kind, self.path, self.name, self.number)
