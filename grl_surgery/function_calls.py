@@ -75,7 +75,6 @@ def _recording(tracer: fx.Tracer, kind: Any, name: str, original: Callable[..., 
         if name == "setup_context":
             return None
         with torch.set_grad_enabled(enabled):  # autograd has switched it off in here
-            with torch.set_grad_enabled(grad_mode):  # as at the call: around a forward, apply turns it off
             return tracer.create_proxy("call_function", FunctionCall(kind), inputs, {})
 
     return record
