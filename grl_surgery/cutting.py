@@ -10,15 +10,22 @@ from typing import Any
 
 from torch import fx, nn
 
-from grl_surgery.errors import AmbiguousPointError, PointNotFoundError, ShapeError, SurgeryError
+from grl_surgery.errors import (
+    AmbiguousPointError,
+    PointNotFoundError,
+    ShapeError,
+    SurgeryError,
+    TracingError,
+)
+from grl_surgery.in_place import memory, overwrites, refuse_lost_writes
 from grl_surgery.links import is_size, links, rewrite
 from grl_surgery.opaque import opaque_graph, pick, reverse_each, tap
 from grl_surgery.points import Edge, enclosing, match_name, near_names, split_items
 from grl_surgery.spliced_module import Cut, SplicedModule
 from grl_surgery.tracer import boundary
-from grl_surgery.tracing import Trace, module_paths, trace
+from grl_surgery.tracing import Trace, is_building_block, module_paths, trace
 
-__all__ = ["apply_cuts", "modules_to_open", "replace_item", "retrace"]
+__all__ = ["apply_cuts", "modules_to_open", "overwrites_input", "replace_item", "retrace"]
 
 
 def modules_to_open(model: nn.Module, cuts: Sequence[Cut]) -> set[str]:
@@ -57,16 +64,36 @@ def apply_cuts(
         traced = _untraced(cuts)
     else:
         traced = trace(model, modules_to_open(model, cuts) | set(opened), given=given, lenient=lenient)
+    names = dict.fromkeys(traced.names())
     for cut in cuts:
-        if sum([_cut(model, graph, cut, traced.names()) for graph in traced.graphs.values()]) == 0:
+        if sum([_cut(model, graph, cut, names) for graph in traced.graphs.values()]) == 0:
             raise SurgeryError(
                 f"nothing uses the value {cut}, so a reversal there would have no effect",
-                choices=near_names(str(cut.at), traced.names()),
+                choices=near_names(str(cut.at), names),
             )
+        names[cut.module] = None
+    reversals = {cut.module for cut in cuts if cut.kind in ("after", "before", "edge")}
     for graph in traced.graphs.values():
+        refuse_lost_writes(model, graph, reversals, overwrites_input)
         _erase_boundaries(graph)
         graph.lint()
     return traced
+
+
+def overwrites_input(module: nn.Module) -> bool:
+    """Whether a module's forward overwrites something that it is given; not, where nobody can tell."""
+    if is_building_block(module):
+        return getattr(module, "inplace", False) is True
+    paths = {path for path, inner in module.named_modules() if not is_building_block(inner)}
+    try:
+        graphs = trace(module, paths, lenient=True).graphs.values()
+    except TracingError:
+        return False
+    return any(
+        overwrites(module, node) and any(same.op == "placeholder" for same in memory(module, node))
+        for graph in graphs
+        for node in graph.nodes
+    )
 
 
 def _untraced(cuts: Sequence[Cut]) -> Trace:
@@ -83,14 +110,15 @@ def retrace(model: SplicedModule, opened: Collection[str]) -> Trace:
     return apply_cuts(original, model.cuts, opened=known & set(opened), lenient=True)
 
 
-def _cut(model: nn.Module, graph: fx.Graph, cut: Cut, names: Sequence[str]) -> int:
+def _cut(model: nn.Module, graph: fx.Graph, cut: Cut, names: Collection[str]) -> int:
     """Make one cut in one graph; returns how many uses of a value it changed."""
     if cut.kind == "tapped":
         return _call_head(graph, cut.module, [n for n in graph.nodes if _is_tap_of(n, cut.module)])
     if cut.is_at_output:
         return _cut_output(graph, cut)
     if isinstance(cut.at, Edge):
-        source, target = (_find(model, end, names) for end in (cut.at.source, cut.at.target))
+        known = dict.fromkeys([*names, *(name for node in graph.nodes for name in _names_of(node))])
+        source, target = (_find(model, end, known) for end in (cut.at.source, cut.at.target))
         slot = _edge_slot(graph, cut.at, source, target)
         return _reverse_uses(model, graph, [slot] if slot else [], cut.module)
     if cut.kind == "before":
@@ -109,7 +137,7 @@ def _named(graph: fx.Graph, name: str) -> list[fx.Node]:
     return [node for node in graph.nodes if node.meta.get("point") == name]
 
 
-def _find(model: nn.Module, name: str, names: Sequence[str]) -> str:
+def _find(model: nn.Module, name: str, names: Collection[str]) -> str:
     if name in names:
         return name
     others = [path for path in module_paths(model) if not path.startswith("grl_")]
@@ -131,7 +159,7 @@ def _replace(graph: fx.Graph, nodes: Sequence[fx.Node], module: str) -> int:
 
 
 def _values(
-    model: nn.Module, graph: fx.Graph, name: str, names: Sequence[str]
+    model: nn.Module, graph: fx.Graph, name: str, names: Collection[str]
 ) -> Iterator[tuple[fx.Node, tuple[Any, ...]]]:
     """The nodes that hold the value called ``name``, and which of its items is meant."""
     whole, items = split_items(name)
@@ -220,7 +248,7 @@ def _inserting_after(graph: fx.Graph, node: fx.Node) -> AbstractContextManager[N
 # ------------------------------------------------------------------------------------------------- heads
 
 
-def _attach(model: nn.Module, graph: fx.Graph, cut: Cut, names: Sequence[str]) -> int:
+def _attach(model: nn.Module, graph: fx.Graph, cut: Cut, names: Collection[str]) -> int:
     """Call a head on a value, and append its logits to what the network returns.
 
     It is called last, so that its dropout draws no random number that the network would have drawn.
@@ -249,7 +277,7 @@ def _call_head(graph: fx.Graph, module: str, inputs: Sequence[fx.Node]) -> int:
 
 def _for_head(model: nn.Module, graph: fx.Graph, value: fx.Node, items: Sequence[Any]) -> fx.Node:
     """The value for a head to read: a copy, where the network may overwrite it before the head has."""
-    overwritten = any(_overwrites_first(model, user) for user in value.users)
+    overwritten = any(overwrites(model, user) for user in value.users)
     with _inserting_after(graph, value):
         node = _pick(graph, value, items)[-1]
     if not overwritten:
@@ -330,11 +358,19 @@ def _edge_slot(graph: fx.Graph, edge: Edge, source: str, target: str) -> Slot | 
 
 def _names_behind(value: fx.Node) -> list[str]:
     """Names of all points whose value this is: marks and spliced modules pass it through."""
-    names = [value.meta["point"]] if "point" in value.meta else []
+    names = _names_of(value)
     while value.target is boundary or value.meta.get("spliced"):
         value = value.args[0]  # type: ignore[assignment]
-        names += [value.meta["point"]] if "point" in value.meta else []
+        names += _names_of(value)
     return names
+
+
+def _names_of(value: fx.Node) -> list[str]:
+    """Its point, and as which item of a traced module's value it leaves that module."""
+    if "point" not in value.meta:
+        return []
+    items = value.meta.get("items", ()) if value.meta.get("boundary") == "out" else ()
+    return [value.meta["point"] + "".join(f"[{key}]" for key in items)]
 
 
 def _reverse_uses(model: nn.Module, graph: fx.Graph, slots: Sequence[Slot], module: str) -> int:
@@ -351,43 +387,7 @@ def _reverse_uses(model: nn.Module, graph: fx.Graph, slots: Sequence[Slot], modu
             return calls[source]
 
         rewrite(user, change)
-    for source, call in calls.items():
-        _follow_in_place(model, source, call)
     return len(slots)
-
-
-def _follow_in_place(model: nn.Module, source: fx.Node, call: fx.Node) -> None:
-    """Where the reversed value is overwritten, later uses of the original mean the overwritten value.
-
-    Both share memory, so they would see it anyway; autograd has to be told.
-    """
-    for user in list(call.users):
-        if not _overwrites_first(model, user) or user.args[0] is not call:
-            continue
-        later = user.next
-        while later.op != "root":
-            if later is not call:
-                later.replace_input_with(source, user)
-            later = later.next
-
-
-def _overwrites_first(model: nn.Module, node: fx.Node) -> bool:
-    """Whether the node is known to change its first argument in place and to return it."""
-    if not node.args:
-        return False
-    if node.op == "call_module" and not node.meta.get("spliced"):
-        return getattr(model.get_submodule(str(node.target)), "inplace", False) is True
-    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-    in_place_operator = getattr(node.target, "__module__", "") == "_operator" and name in _IN_PLACE
-    return in_place_operator or (name.endswith("_") and not name.endswith("__")) or _asks_in_place(node, name)
-
-
-_IN_PLACE = frozenset(name for name in dir(operator) if name.startswith("i") and name[1:] in dir(operator))
-
-
-def _asks_in_place(node: fx.Node, name: str) -> bool:
-    positional = node.args[-1] if name in ("relu", "relu6", "hardswish", "silu", "mish") else False
-    return node.op == "call_function" and (node.kwargs.get("inplace") is True or positional is True)
 
 
 def _erase_boundaries(graph: fx.Graph) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import operator
 import os
 import sys
 from collections.abc import Callable, Collection
@@ -18,7 +19,16 @@ from grl_surgery.errors import TracingError
 from grl_surgery.points import escape
 from grl_surgery.trace_copy import Flag
 
-__all__ = ["KeywordOnlyCodeGen", "Stopped", "Tracer", "boundary", "check_fixed", "operation"]
+__all__ = [
+    "IN_PLACE",
+    "KeywordOnlyCodeGen",
+    "Stopped",
+    "Tracer",
+    "boundary",
+    "check_fixed",
+    "is_item",
+    "operation",
+]
 
 
 class Stopped(Exception):
@@ -50,7 +60,23 @@ _NUMBERS = (int, float, complex)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-class _Stored(fx.Proxy):
+class _Value(fx.Proxy):
+    """A value of the forward. ``x += y`` overwrites it, which torch.fx would write down as ``x = x + y``."""
+
+
+def _in_place(target: Callable[[Any, Any], Any]) -> Callable[[_Value, Any], fx.Proxy]:
+    def method(self: _Value, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
+
+    return method
+
+
+IN_PLACE = frozenset(name for name in dir(operator) if name.startswith("i") and name[1:] in dir(operator))
+for _name in IN_PLACE:
+    setattr(_Value, f"__{_name}__", _in_place(getattr(operator, _name)))
+
+
+class _Stored(_Value):
     """A parameter or a buffer: its shape is known, and forwards do look at it."""
 
     shape: torch.Size
@@ -96,6 +122,7 @@ class Tracer(fx.Tracer):
         self.has_numbers = False
         self.inside = [""]
         self.calls = 0
+        self.settings = _settings()
 
     @functools.cached_property
     def near(self) -> dict[int, str]:
@@ -163,6 +190,9 @@ class Tracer(fx.Tracer):
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A node that knows its name and the line it comes from."""
+        changed = [name for name, value in _settings().items() if self.settings[name] != value]
+        if changed:
+            raise RuntimeError(f"part of it runs under another {changed[0]}, which a graph would lose")
         node = super().create_node(kind, target, *args, **kwargs)
         node.meta.pop("nn_module_stack", None)
         node.meta.update(base=self.base_name(node), line=_line_of_forward())
@@ -172,13 +202,17 @@ class Tracer(fx.Tracer):
         """The node's name before things that share it are numbered."""
         if node.op in ("call_module", "get_attr", "placeholder", "output"):
             return escape(str(node.target))
-        if _is_item(node):
+        if is_item(node):
             source, key = node.args
             return f"{source.meta['base']}[{key}]"  # type: ignore[union-attr]
         prefix = f"{escape(self.scope.module_path)}." if self.scope.module_path else ""
         return prefix + operation(node)
 
     # -- values
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """What stands for the node's value while the forward runs."""
+        return _Value(node, self)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         """A proxy for each parameter and buffer; a mode flag as it is, but noticed."""
@@ -284,6 +318,18 @@ class Tracer(fx.Tracer):
         return Stopped(message, path)
 
 
+def _settings() -> dict[str, Any]:
+    """What ``torch.no_grad()`` and its like set for part of a forward, and no node of a graph records."""
+    found: dict[str, Any] = {
+        "grad mode": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+    }
+    for device in ("cpu", "cuda"):
+        enabled = torch.is_autocast_enabled(device)
+        found[f"autocast on {device}"] = (enabled, enabled and torch.get_autocast_dtype(device))
+    return found
+
+
 def _refuse_hooks(module: nn.Module, path: str) -> None:
     """A traced forward is not called through its module any more, so its hooks would never run."""
     held = [kind.strip("_").replace("_", " ") for kind in _HOOKS if getattr(module, kind)]
@@ -305,7 +351,7 @@ def _refuse_assignment(module: nn.Module, path: str) -> None:
 # ---------------------------------------------------------------------------------------- node names
 
 
-def _is_item(node: fx.Node) -> bool:
+def is_item(node: fx.Node) -> bool:
     """Whether the node picks one item, by a constant key, out of another node's value."""
     if node.op != "call_function" or getattr(node.target, "__name__", "") != "getitem":
         return False
@@ -314,12 +360,14 @@ def _is_item(node: fx.Node) -> bool:
 
 
 def operation(node: fx.Node) -> str:
-    """What an operation is called: ``add``, ``flatten``, ``view``; attribute reads by the attribute."""
+    """What an operation is called: ``add``, also for ``+=``; attribute reads by the attribute."""
     if node.op == "call_method":
         return str(node.target)
     name = str(getattr(node.target, "__name__", None) or type(node.target).__name__)
     if name == "getattr" and len(node.args) > 1:
         return str(node.args[1])
+    if name in IN_PLACE and getattr(node.target, "__module__", "") == "_operator":
+        return name[1:]
     return name.strip("_") if name.startswith("__") else name
 
 

@@ -18,9 +18,10 @@ from torch.fx.node import map_arg
 from grl_surgery.errors import TracingError
 from grl_surgery.function_calls import functions_kept
 from grl_surgery.generators import random_state_kept
+from grl_surgery.in_place import follow
 from grl_surgery.points import escape, number
 from grl_surgery.trace_copy import trace_copy
-from grl_surgery.tracer import TORCH, Stopped, Tracer
+from grl_surgery.tracer import TORCH, Stopped, Tracer, is_item
 
 __all__ = ["Trace", "is_building_block", "module_paths", "trace"]
 
@@ -114,7 +115,7 @@ def _trace_modes(model: nn.Module, opened: frozenset[str], given: Collection[str
             read |= also_read
         except Stopped as stop:
             reasons[mode] = str(stop)
-    _name_nodes(list(variants.values()))
+    _name_nodes([variants[mode] for mode in (True, False, None) if mode in variants])
     shapes = [_structure(graph) for graph in variants.values()]
     if not reasons and all(shape == shapes[0] for shape in shapes[1:]):
         return Trace({(): graph}, (), constants, opened, {})
@@ -138,19 +139,40 @@ def _structure(graph: fx.Graph) -> list[Any]:
 
 
 def _name_nodes(graphs: Sequence[fx.Graph]) -> None:
-    """Number what shares a base name; all boundaries of one call of a module are one thing."""
+    """Number what shares a base name; all boundaries of one call of a module are one thing.
+
+    An item is named after what it is an item of, so it waits until that has its number.
+    """
+    waiting = [[node for node in graph.nodes if "base" in node.meta] for graph in graphs]
+    while any(waiting):
+        ready = [[node for node in row if not _waits(node)] for row in waiting]
+        waiting = [[node for node in row if _waits(node)] for row in waiting]
+        _number_nodes(ready)
+
+
+def _waits(node: fx.Node) -> bool:
+    return is_item(node) and "point" not in node.args[0].meta  # type: ignore[union-attr]
+
+
+def _number_nodes(rows: Sequence[Sequence[fx.Node]]) -> None:
     things: list[list[list[fx.Node]]] = []
-    for graph in graphs:
+    for row in rows:
         calls: dict[Any, list[fx.Node]] = {}
-        for node in graph.nodes:
-            if "base" in node.meta:
-                calls.setdefault(node.meta.get("call") or node, []).append(node)
+        for node in row:
+            calls.setdefault(node.meta.get("call") or node, []).append(node)
         things.append(list(calls.values()))
-    named = number([[(nodes[0].meta["base"], nodes[0].meta["line"]) for nodes in row] for row in things])
-    for row, names in zip(things, named, strict=True):
-        for nodes, name in zip(row, names, strict=True):
+    named = number([[(_base(nodes[0]), nodes[0].meta["line"]) for nodes in thing] for thing in things])
+    for thing, names in zip(things, named, strict=True):
+        for nodes, name in zip(thing, names, strict=True):
             for node in nodes:
                 node.meta["point"] = name
+
+
+def _base(node: fx.Node) -> str:
+    if not is_item(node):
+        return str(node.meta["base"])
+    source, key = node.args
+    return f"{source.meta['point']}[{key}]"  # type: ignore[union-attr]
 
 
 def is_building_block(module: nn.Module) -> bool:
@@ -186,7 +208,9 @@ def _trace_once(
         tracer = Tracer(model, opened, given, constants, numbers_fixed, whole, moved)
         try:
             with functions_kept(tracer):
-                return tracer.trace(trace_copy(model, opened, mode)), tracer.steering
+                graph = tracer.trace(trace_copy(model, opened, mode))
+            follow(model, graph)
+            return graph, tracer.steering
         except Exception as error:  # user code runs in here: anything can come out of it
             function = _function_that_failed(error)
             if isinstance(error, (TypeError, fx.proxy.TraceError)) and math not in whole:

@@ -1,0 +1,182 @@
+"""Surgery on forwards that overwrite their values: what is computed, and where the gradient goes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_splicing import assert_same_gradients, gradients, names
+from torch import nn
+
+import grl_surgery as gs
+from grl_surgery.tracing import trace
+
+
+class Layers(nn.Module):
+    """Two linear layers for forwards that subclasses write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+
+class Augmented(Layers):
+    """``x += y`` while something else still refers to x."""
+
+    def forward(self, x):
+        x = self.a(x)
+        same = x
+        x += 1.0
+        return self.b(x) * same
+
+
+class AsStatement(Layers):
+    """An in-place method whose result nobody takes."""
+
+    def forward(self, x):
+        x = self.a(x)
+        x.mul_(2.0)
+        return self.b(x)
+
+
+class ThroughAView(Layers):
+    """A view is overwritten, and the whole is read again."""
+
+    def forward(self, x):
+        x = self.a(x)
+        x.view(-1).mul_(2.0)
+        return x * 3.0
+
+
+class Overwriting(nn.Module):
+    """A block that overwrites what it is given."""
+
+    def forward(self, x):
+        return torch.tanh(x.mul_(2.0))
+
+
+class BlockOverwrites(Layers):
+    """The block's argument is read again behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Overwriting()
+
+    def forward(self, x):
+        x = self.a(x)
+        return self.block(x) + self.b(x)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("make", [Augmented, AsStatement, ThroughAView, BlockOverwrites])
+def test_what_is_overwritten_is_seen_by_every_variable_that_means_it(make, x):
+    model = make()
+    spliced = gs.insert_grl(model, after="a")
+    assert torch.equal(spliced(x), model(x))
+    plain, found = gradients(model, x), gradients(spliced, x)
+    assert torch.equal(found["a.weight"], -plain["a.weight"])
+    assert gs.verify_flip(spliced, model, x).ok
+
+
+def test_an_augmented_assignment_is_named_like_the_operation(x):
+    assert names(Augmented()) == ["x", "a", "add", "b", "mul", "output"]
+
+
+def test_a_value_is_read_from_the_operation_that_overwrote_it(x):
+    model = AsStatement()
+    spliced = gs.insert_grl(model, after="mul_")
+    assert torch.equal(gradients(spliced, x)["a.weight"], -gradients(model, x)["a.weight"])
+    edges = {str(edge) for edge in gs.graph(model).edges}
+    assert edges == {"x -> a", "a -> mul_", "mul_ -> b", "b -> output"}
+
+
+@pytest.mark.parametrize("keywords", [{"after": "view"}, {"edge": ("a", "view")}])
+def test_a_reversal_between_a_view_that_is_overwritten_and_the_whole_is_refused(keywords):
+    with pytest.raises(gs.SurgeryError, match=r"'mul_' overwrites in place what 'a' reads again afterwards"):
+        gs.insert_grl(ThroughAView(), **keywords)
+
+
+def test_a_reversal_on_the_way_into_a_block_that_overwrites_a_shared_argument_is_refused():
+    with pytest.raises(gs.SurgeryError, match=r"'block' overwrites in place what 'a' reads again afterwards"):
+        gs.insert_grl(BlockOverwrites(), before="block")
+
+
+def test_a_reversal_elsewhere_in_a_network_with_views_that_are_overwritten_is_proved(x):
+    class Longer(ThroughAView):
+        def forward(self, x):
+            return self.b(super().forward(x))
+
+    model = Longer()
+    spliced = gs.insert_grl(model, after="b")
+    plain, found = gradients(model, x), gradients(spliced, x)
+    assert_same_gradients(found, {name: -gradient for name, gradient in plain.items()})
+    assert gs.verify_flip(spliced, model, x).ok
+
+
+# ------------------------------------------------------------------------- what else only shows when it runs
+
+
+@pytest.mark.parametrize(
+    "context", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)]
+)
+def test_a_forward_that_changes_torchs_settings_for_a_part_of_itself_is_not_traced(context):
+    class Switches(Layers):
+        def forward(self, x):
+            with context():
+                y = self.a(x)
+            return self.b(y + x)
+
+    with pytest.raises(gs.TracingError, match=r"part of it runs under another (grad|inference|autocast)"):
+        trace(Switches(), [])
+
+
+def test_a_setting_of_the_caller_is_none_of_the_forwards():
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        trace(Augmented(), [])
+
+
+def test_a_name_means_the_same_call_in_both_modes():
+    class Branches(Layers):
+        def forward(self, x):
+            if self.training:
+                return torch.relu(self.a(x))
+            return torch.relu(self.b(x) * 2)
+
+    model = Branches()
+    in_train, in_eval = names(model.train()), names(model.eval())
+    assert in_train == ["x", "a", "relu#1", "output"]
+    assert in_eval == ["x", "b", "mul", "relu#2", "output"]
+
+
+class Two(Layers):
+    """A block that returns two values."""
+
+    def forward(self, x):
+        return torch.tanh(self.a(x)), torch.sigmoid(self.b(x))
+
+
+class CallsTwice(nn.Module):
+    """Items of two calls of one block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.two = Two()
+
+    def forward(self, x):
+        left, right = self.two(x)
+        return self.two(left * right)[0] + right
+
+
+def test_an_item_is_named_after_the_call_however_deep_the_trace_goes(x):
+    model = CallsTwice()
+    assert "two#1[1]" in names(model)
+    alone = gs.insert_grl(model, after="two#1[1]")
+    deeper = gs.insert_grl(gs.insert_grl(model, after="two.sigmoid#2"), after="two#1[1]")
+    assert_same_gradients(gradients(deeper, x), gradients(alone, x))
+    edge = ("two#1[1]", "mul")
+    alone = gs.insert_grl(model, edge=edge)
+    deeper = gs.insert_grl(gs.insert_grl(model, after="two.sigmoid#2"), edge=edge)
+    assert_same_gradients(gradients(deeper, x), gradients(alone, x))
