@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from grl_surgery.errors import SurgeryError
+from grl_surgery.errors import SurgeryError, TracingError
 from grl_surgery.generators import random_state_kept
 from grl_surgery.heads import Condition, DomainHead, Norm, build_head
 from grl_surgery.loading.inputs import example_inputs as known_inputs
 from grl_surgery.model_graph import check_runs, shapes_at
 from grl_surgery.pooling import Pool
+from grl_surgery.scoped import shapes_by_running
 from grl_surgery.selection import Selector, select_points
-from grl_surgery.spliced_module import Cut
+from grl_surgery.spliced_module import Cut, free_name
 from grl_surgery.splicing import check_model, on_same_device, patient, splice
 
 __all__ = ["attach_domain_head"]
@@ -93,7 +93,7 @@ def attach_domain_head(
             f"nothing says what inputs {type(base).__name__} takes, so the head cannot be sized",
             example="attach_domain_head(model, 'layer3', example_inputs=(torch.randn(2, 3, 224, 224),))",
         )
-    shape, *class_logits = shapes_at(base, cuts, modules, points, inputs)
+    shape, *class_logits = _shapes(base, cuts, modules, points, inputs)
     with _draws_of_its_own(name):
         head = build_head(
             shape,
@@ -120,6 +120,15 @@ def attach_domain_head(
     return splice(base, [*cuts, Cut("head", points[0], name, condition_on and points[1])], modules)
 
 
+def _shapes(
+    base: nn.Module, cuts: Sequence[Cut], modules: Mapping[str, nn.Module], points: Sequence[str], inputs: Any
+) -> list[tuple[int, ...]]:
+    try:
+        return shapes_at(base, cuts, modules, points, inputs)
+    except TracingError as error:
+        return shapes_by_running(base, points, inputs, error)
+
+
 def _points(base: nn.Module, after: Selector, condition_on: str | None, inputs: Any) -> list[str]:
     points = select_points(base, after, "after", inputs)
     if len(points) != 1:
@@ -134,9 +143,7 @@ def _points(base: nn.Module, after: Selector, condition_on: str | None, inputs: 
 def _check_name(base: nn.Module, modules: Mapping[str, nn.Module], name: str) -> None:
     if not isinstance(name, str) or not name.isidentifier():
         raise SurgeryError(f"name={name!r} cannot be an attribute of a module", example="name='domain'")
-    numbered = (f"{name}_{count}" for count in itertools.count(2))
-    candidates = itertools.chain([name], numbered)
-    free = next(free for free in candidates if free not in modules and not hasattr(base, free))
+    free = free_name(name, modules, base)
     if free != name:
         raise SurgeryError(f"the network already has an attribute {name!r}", example=f"name={free!r}")
 

@@ -171,7 +171,13 @@ def _from_torchvision(name: str, pretrained: bool) -> nn.Module:
     if pretrained:
         with downloading(f"torchvision/{name}"):
             return _as_module(models.get_model(name, weights="DEFAULT"))
-    options: dict[str, Any] = {"weights": None}
+    return build_torchvision(name)
+
+
+def build_torchvision(name: str, **options: Any) -> nn.Module:
+    """A torchvision network with random weights; nothing is downloaded, not even for its backbone."""
+    models = _library("torchvision").models
+    options["weights"] = None
     if "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
         options["weights_backbone"] = None  # the default downloads
     if "googlenet" in name or "inception" in name:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
+import torch
 from torch import nn
 
 from grl_surgery.cutting import apply_cuts
-from grl_surgery.errors import PointNotFoundError, SurgeryError, TracingError
+from grl_surgery.errors import PointNotFoundError, ShapeError, SurgeryError, TracingError
+from grl_surgery.generators import random_state_kept
 from grl_surgery.points import Edge, enclosing, escape, near_names, split_items, split_number
 from grl_surgery.sharing import share_copy
-from grl_surgery.spliced_module import Cut, SplicedModule
+from grl_surgery.spliced_module import Cut, SplicedModule, free_name
 from grl_surgery.tracing import module_paths
 
-__all__ = ["splice_inside"]
+__all__ = ["shapes_by_running", "splice_inside"]
+
+Shape = tuple[int, ...]
 
 
 def splice_inside(
@@ -29,32 +34,87 @@ def splice_inside(
         failure: Why the root cannot be traced.
 
     Returns:
-        ``base``, its root as before.
+        ``base``, its root as before; with heads, a network that calls it and then the heads, on values that
+        are tapped inside.
 
     Raises:
         TracingError: Nothing around a point can be traced.
         PointNotFoundError: There is no such point.
     """
-    if any(cut.kind == "head" for cut in cuts):
-        raise TracingError(
-            f"a head's logits leave through the root's output, and the root cannot be traced: {failure}",
-            example="insert_grl(model, after=...), and a head of your own behind it",
-        )
+    heads = [replace(cut, kind="tapped") for cut in cuts if cut.is_head]
+    inner = [cut for cut in cuts if not cut.is_head] + [tap for head in heads for tap in _taps(head)]
     hosts: dict[str, list[Cut]] = {}
-    for cut in cuts:
-        host = _host(base, cut, failure)
-        hosts.setdefault(host, []).append(cut)
+    for cut in inner:
+        hosts.setdefault(_host(base, cut, failure), []).append(cut)
     for host in sorted(hosts, key=len, reverse=True):  # a host inside another one joins it
         outer = next((other for other in hosts if host.startswith(f"{other}.")), None)
-        if outer is not None:
+        if outer is not None and not all(_is_output_of(outer, cut) for cut in hosts[outer]):
             hosts[outer] += hosts.pop(host)
-    for host, inside in hosts.items():
+    for host in sorted(hosts, key=len, reverse=True):
         parent, _, name = host.rpartition(".")
-        tree, all_cuts, held = _inside(base, host, inside)
-        held.update((cut.module, modules[cut.module]) for cut in inside)
-        spliced = SplicedModule(tree, apply_cuts(tree, all_cuts), all_cuts, held)
-        base.get_submodule(parent)._modules[name] = spliced
-    return base
+        base.get_submodule(parent)._modules[name] = _spliced(base, host, hosts[host], modules)
+    if not heads:
+        return base
+    called = {head.module: modules[head.module] for head in heads}
+    return SplicedModule(base, apply_cuts(base, heads), heads, called)
+
+
+def _spliced(base: nn.Module, path: str, cuts: Sequence[Cut], modules: Mapping[str, nn.Module]) -> nn.Module:
+    """The graph of the module at ``path`` with what was spliced in before and these cuts."""
+    tree, made, held = _inside(base, path)
+    for cut in cuts:
+        here = _from_inside(cut, path)
+        if cut.kind != "tap":
+            here = replace(here, module=free_name(cut.module, held, tree))
+            held[here.module] = modules[cut.module]
+        made.append(here)
+    return SplicedModule(tree, apply_cuts(tree, made), made, held)
+
+
+def _taps(head: Cut) -> Iterator[Cut]:
+    """What hands the values that a head reads out of the inside."""
+    yield Cut("tap", head.at, head.module)
+    if head.condition:
+        yield Cut("tap", head.condition, f"{head.module}.condition")
+
+
+def shapes_by_running(
+    base: nn.Module, points: Sequence[str], inputs: Any, failure: TracingError
+) -> list[Shape]:
+    """Shapes of the values at some points, from a forward in eval mode: no graph of the root can tell.
+
+    Raises:
+        ShapeError: A value is no tensor, or the network cannot run on these inputs.
+        PointNotFoundError, TracingError: As for :func:`splice_inside`.
+    """
+    heads = [Cut("head", point, f"probe_{place}") for place, point in enumerate(points)]
+    names = [cut.module for cut in heads]
+    probed = splice_inside(share_copy(base), heads, {name: nn.Identity() for name in names}, failure)
+    args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (as_arguments(inputs), {})
+    try:
+        with torch.no_grad(), random_state_kept():
+            _, *values = probed.eval()(*args, **kwargs)
+    except SurgeryError:
+        raise
+    except Exception as error:  # the network is the user's: anything can come out of it
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ShapeError(
+            f"{type(base).__name__} does not run on the example inputs in eval mode: {type(error).__name__}: "
+            f"{reason}",
+            example="example_inputs=([torch.rand(3, 64, 64)],)",
+        ) from error
+    for point, value in zip(points, values, strict=True):
+        if not isinstance(value, torch.Tensor):
+            raise ShapeError(
+                f"the value of {point!r} is a {type(value).__name__}, not one tensor",
+                example=f"one item of it, as in after='{point}[0]'",
+            )
+    return [tuple(value.shape) for value in values]
+
+
+def as_arguments(inputs: Any) -> tuple[Any, ...]:
+    """Example inputs as positional arguments."""
+    return inputs if isinstance(inputs, tuple) else (inputs,)
 
 
 def _host(base: nn.Module, cut: Cut, failure: TracingError) -> str:
@@ -68,35 +128,60 @@ def _host(base: nn.Module, cut: Cut, failure: TracingError) -> str:
             raise PointNotFoundError(f"there is no point {end!r} in this network", choices=near)
     around = [[paths[name] for name in enclosing(end, paths)] for end in cut.points]
     common = [path for path in around[0] if path and all(path in other for other in around)]
-    spliced = [path for path in common if isinstance(base.get_submodule(path), SplicedModule)]
+    spliced = [path for path in common if _is_graph(base.get_submodule(path))]
     reason: SurgeryError = failure
     for path in spliced[:1] or reversed(common):
         try:
-            tree, all_cuts, _ = _inside(base, path, [cut])
-            apply_cuts(tree, all_cuts)
+            tree, made, _ = _inside(base, path)
+            apply_cuts(tree, [*made, _from_inside(cut, path)])
         except TracingError as error:
             reason = error
         except SurgeryError as error:
             raise type(error)(f"inside {path!r}, where names start anew: {error}") from error
         else:
             return path
-    raise TracingError(f"nothing around {cut.at!s} can be traced: {reason}") from reason
+    whole = _module_at(cut, paths)
+    if whole:
+        return whole  # its forward runs as it is, and what leaves it is reversed
+    raise TracingError(
+        f"nothing around {cut.at!s} can be traced: {reason}",
+        example="after='block', the path of a module: what leaves a module needs no trace",
+    ) from reason
 
 
-def _inside(
-    base: nn.Module, path: str, cuts: Sequence[Cut]
-) -> tuple[nn.Module, list[Cut], dict[str, nn.Module]]:
-    """The module at ``path``, all cuts in it as it names them, and the modules that it holds for them."""
-    prefix = f"{escape(path)}."
-    here = [replace(cut, at=_relative(cut.at, prefix)) for cut in cuts]
+def _is_graph(module: nn.Module) -> bool:
+    return isinstance(module, SplicedModule) and not module.is_opaque
+
+
+def _module_at(cut: Cut, paths: Mapping[str, str]) -> str | None:
+    """Path of the module whose output the cut is about, if it is about one."""
+    if isinstance(cut.at, Edge) or cut.kind not in ("after", "tap"):
+        return None
+    return paths.get(split_items(cut.at)[0])
+
+
+def _is_output_of(path: str, cut: Cut) -> bool:
+    return isinstance(cut.at, str) and split_items(cut.at)[0] == escape(path)
+
+
+def _inside(base: nn.Module, path: str) -> tuple[nn.Module, list[Cut], dict[str, nn.Module]]:
+    """A copy of the module at ``path``, the cuts that it has already, and what they spliced in."""
     host = base.get_submodule(path)
     if not isinstance(host, SplicedModule):
-        return share_copy(host), here, {}
+        return share_copy(host), [], {}
     tree, held = host.taken_apart()
-    return tree, [*host.cuts, *here], held
+    return tree, list(host.cuts), held
 
 
-def _relative(at: str | Edge, prefix: str) -> str | Edge:
+def _from_inside(cut: Cut, path: str) -> Cut:
+    """The cut as the module at ``path`` names it."""
+    return replace(cut, at=_relative(cut.at, escape(path)))
+
+
+def _relative(at: str | Edge, path: str) -> str | Edge:
+    """A place as the module at ``path`` names it; its own output is ``""``."""
     if isinstance(at, Edge):
-        return replace(at, source=at.source.removeprefix(prefix), target=at.target.removeprefix(prefix))
-    return at.removeprefix(prefix)
+        source, target = (end.removeprefix(f"{path}.") for end in (at.source, at.target))
+        return replace(at, source=source, target=target)
+    whole, _ = split_items(at)
+    return at[len(path) :] if whole == path else at.removeprefix(f"{path}.")

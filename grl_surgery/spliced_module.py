@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -12,12 +13,12 @@ from torch import fx, nn
 from torch.fx.node import map_arg
 
 from grl_surgery.errors import TracingError
-from grl_surgery.points import Edge
+from grl_surgery.points import Edge, escape
 from grl_surgery.reversal import GradientReversal
 from grl_surgery.sharing import share_copy
 from grl_surgery.tracing import Flags, Trace
 
-__all__ = ["Cut", "SplicedModule"]
+__all__ = ["Cut", "SplicedModule", "free_name"]
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,16 @@ class Cut:
 
     Args:
         kind: ``"after"`` a point, ``"before"`` a point, on one ``"edge"``, or a ``"head"`` after a point.
-        at: Name of the point, or the edge.
-        module: Attribute of the spliced network under which the reversal or the head lives.
+            Where the root cannot be traced, a head is ``"tapped"``: the value comes out of the inside through
+            a ``"tap"`` at the point. A call that was adopted has a reversal ``"instead"``.
+        at: Name of the point, or the edge. ``""``, or ``"[0]"``, is what leaves the network,
+            or one item of it.
+        module: Attribute of the spliced network under which the reversal or the head lives; for a tap, the
+            head that reads it.
         condition: Name of the point whose class logits condition a head.
     """
 
-    kind: Literal["after", "before", "edge", "head"]
+    kind: Literal["after", "before", "edge", "head", "tapped", "tap", "instead"]
     at: str | Edge
     module: str
     condition: str | None = None
@@ -42,8 +47,35 @@ class Cut:
         ends = (self.at.source, self.at.target) if isinstance(self.at, Edge) else (self.at,)
         return (*ends, self.condition) if self.condition else ends
 
+    @property
+    def is_head(self) -> bool:
+        """Whether it adds logits to what the network returns."""
+        return self.kind in ("head", "tapped")
+
+    @property
+    def is_at_output(self) -> bool:
+        """Whether it is about what leaves the network as a whole."""
+        return self.at[:1] in ("", "[") if isinstance(self.at, str) else False
+
+    def within(self, path: str) -> Cut:
+        """The same cut as a network names it that has this one at ``path``."""
+        if not path:
+            return self
+        place = escape(path)
+        if isinstance(self.at, Edge):
+            source, target = (f"{place}.{end}" for end in (self.at.source, self.at.target))
+            return replace(self, at=replace(self.at, source=source, target=target))
+        return replace(self, at=place + self.at if self.is_at_output else f"{place}.{self.at}")
+
     def __str__(self) -> str:
-        return {"edge": "on", "head": "after"}.get(self.kind, self.kind) + f" {self.at}"
+        word = {"edge": "on", "head": "after", "tapped": "after"}.get(self.kind, self.kind)
+        return f"{word} {f'the output{self.at}' if self.is_at_output else self.at}"
+
+
+def free_name(name: str, taken: Container[str], model: nn.Module) -> str:
+    """``name``, or ``name_2`` and so on where that is taken or an attribute of the model."""
+    candidates = itertools.chain([name], (f"{name}_{count}" for count in itertools.count(2)))
+    return next(free for free in candidates if free not in taken and not hasattr(model, free))
 
 
 class SplicedModule(fx.GraphModule):
@@ -68,9 +100,13 @@ class SplicedModule(fx.GraphModule):
         self, original: nn.Module, traced: Trace, cuts: Sequence[Cut], modules: Mapping[str, nn.Module]
     ) -> None:
         super().__init__(nn.Module(), fx.Graph(), class_name=type(original).__name__)
-        own = {*self.__dict__, "training"} - set(_SHARED)
-        self.__dict__.update((key, value) for key, value in original.__dict__.items() if key not in own)
         self.__dict__["_original"] = original
+        if "" in traced.opened:
+            own = {*self.__dict__, "training"} - set(_SHARED)
+            self.__dict__.update((key, value) for key, value in original.__dict__.items() if key not in own)
+        else:  # the original's forward runs, and must not meet the spliced modules among its children
+            self.__dict__.update((key, original.__dict__[key]) for key in _SHARED)
+            self.__dict__["_modules"] = dict(original._modules)
         self.training = original.training
         for name, module in modules.items():
             self.add_module(name, module)
@@ -88,7 +124,57 @@ class SplicedModule(fx.GraphModule):
         """Set the mode of every module as the original's own ``train`` does."""
         self._original.train(mode)
         self.training = self._original.training
+        if self.is_opaque:
+            for module in self._spliced().values():
+                module.train(mode)
         return self
+
+    # -- where the original's own forward runs
+
+    @property
+    def is_opaque(self) -> bool:
+        """Whether the graph is one call of the original's own forward."""
+        return "" not in self._traced.opened
+
+    @property
+    def whole(self) -> nn.Module:
+        """The original, for a graph that calls it: with this network's mode and children."""
+        original: nn.Module = self.__dict__["_original"]
+        original.training = self.training
+        spliced = self._spliced()
+        children = {name: module for name, module in self._modules.items() if name not in spliced}
+        if original._modules != children:
+            original._modules.clear()
+            original._modules.update(children)
+        return original
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """What ``isinstance`` is told: a forward may ask for the class of a child that still runs as it was."""
+        traced = self.__dict__.get("_traced")
+        return type(self) if traced is None or "" in traced.opened else type(self.__dict__["_original"])
+
+    def _spliced(self) -> dict[str, nn.Module]:
+        """What was spliced in, by name."""
+        names = (cut.module for cut in self.cuts if cut.kind != "tap")
+        return {name: self._modules[name] for name in names}  # type: ignore[misc]
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes and methods of an original whose own forward runs are the original's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            traced = self.__dict__.get("_traced")
+            if traced is None or "" in traced.opened or name.startswith("__") or name in _OF_THE_GRAPH:
+                raise
+            return getattr(self.__dict__["_original"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        traced = self.__dict__.get("_traced")
+        if traced is not None and "" not in traced.opened and name in self._original.__dict__.keys() - _OWN:
+            setattr(self._original, name, value)
+        else:
+            super().__setattr__(name, value)
 
     @property
     def graph(self) -> fx.Graph:
@@ -137,7 +223,9 @@ class SplicedModule(fx.GraphModule):
         graphs = {flags: pack(graph) for flags, graph in self._graphs.items()}
         traced = replace(self._traced, graphs={})
         attributes = {key: value for key, value in self.__dict__.items() if key not in _REBUILT}
-        return _rebuild, (self._original, traced, graphs, self.cuts, attributes)
+        if self.is_opaque:
+            return _rebuild, (self.whole, traced, graphs, self.cuts, attributes, self._spliced())
+        return _rebuild, (self._original, traced, graphs, self.cuts, attributes, {})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SplicedModule:
         twin = _rebuild(*copy.deepcopy(self.__reduce__()[1], memo))
@@ -145,16 +233,21 @@ class SplicedModule(fx.GraphModule):
         return twin
 
     def __copy__(self) -> SplicedModule:
-        _, (original, *rest) = self.__reduce__()
-        return _rebuild(share_copy(original), *rest)
+        _, (original, traced, graphs, cuts, attributes, modules) = self.__reduce__()
+        if self.is_opaque:
+            original, modules = self.taken_apart()
+        return _rebuild(share_copy(original), traced, graphs, cuts, attributes, modules)
 
     def taken_apart(self) -> tuple[nn.Module, dict[str, nn.Module]]:
         """The original's tree over the same tensors, and what was spliced in, by name: copies of both."""
+        if self.is_opaque:
+            twin: Any = share_copy(self)
+            return twin.whole, twin._spliced()
         tree = share_copy(self._original)
         for name in self._traced.constants:
             del tree._buffers[name]
             tree._non_persistent_buffers_set.discard(name)
-        modules = {cut.module: tree._modules.pop(cut.module) for cut in self.cuts}
+        modules = {cut.module: tree._modules.pop(cut.module) for cut in self.cuts if cut.kind != "tap"}
         tree.training = self.training
         return tree, modules  # type: ignore[return-value]
 
@@ -167,6 +260,9 @@ _SHARED = (
     "_non_persistent_buffers_set",
     *(key for key in nn.Module().__dict__ if key.endswith(("_hooks", "_with_kwargs", "_always_called"))),
 )
+# What GraphModule looks up on itself, and what is kept here although the original has it as well.
+_OF_THE_GRAPH = frozenset({"_graphs", "_traced", "_original", "cuts", "whole", "_graph", "_code"})
+_OWN = frozenset({*_SHARED, "_modules", "training"})
 # What a copy makes anew.
 _REBUILT = frozenset(
     {*_SHARED, *fx.GraphModule(nn.Module(), fx.Graph()).__dict__, "_original", "_graphs", "_traced", "cuts"}
@@ -179,11 +275,12 @@ def _rebuild(
     graphs: Mapping[Flags, PackedGraph],
     cuts: Sequence[Cut],
     attributes: Mapping[str, Any],
+    modules: Mapping[str, nn.Module],
 ) -> SplicedModule:
     buffers = dict(original.named_buffers())
     constants = {name: buffers[name] for name in traced.constants}
     unpacked = {flags: unpack(packed) for flags, packed in graphs.items()}
-    module = SplicedModule(original, replace(traced, graphs=unpacked, constants=constants), cuts, {})
+    module = SplicedModule(original, replace(traced, graphs=unpacked, constants=constants), cuts, modules)
     module.__dict__.update(attributes)
     return module
 

@@ -19,7 +19,7 @@ from grl_surgery.reversal import GradientReversal
 from grl_surgery.scoped import splice_inside
 from grl_surgery.selection import Selector, select_edges, select_points
 from grl_surgery.sharing import share_copy
-from grl_surgery.spliced_module import Cut, SplicedModule
+from grl_surgery.spliced_module import Cut, SplicedModule, free_name
 
 __all__ = ["head_names", "insert_grl", "reversals", "strip"]
 
@@ -138,9 +138,7 @@ def on_same_device(layer: nn.Module, model: nn.Module) -> nn.Module:
 def _free_name(model: nn.Module, modules: Mapping[str, nn.Module], place: str | Edge) -> str:
     """An attribute for a reversal that says where it is: ``grl_layer3_0_conv1``."""
     name = "grl_" + re.sub(r"\W+", "_", place.target if isinstance(place, Edge) else place).strip("_")
-    numbered = (f"{name}_{count}" for count in itertools.count(2))
-    candidates = itertools.chain([name], numbered)
-    return next(free for free in candidates if free not in modules and not hasattr(model, free))
+    return free_name(name, modules, model)
 
 
 def _given(model: nn.Module, example_inputs: Any) -> list[str]:
@@ -241,8 +239,7 @@ def _strip(model: nn.Module, prefix: str, names: Sequence[str]) -> nn.Module:
     if not isinstance(model, SplicedModule):
         return _strip_inside(share_copy(model), prefix, names)
     tree, modules = model.taken_apart()
-    if model.is_opaque:
-        tree = _strip_inside(tree, prefix, names)
+    tree = _strip_inside(tree, prefix, names)
     rest = [cut for cut in model.cuts if not _is_named(cut, prefix, names)]
     kept = {cut.module: modules[cut.module] for cut in rest if cut.kind != "tap"}
     return SplicedModule(tree, apply_cuts(tree, rest), rest, kept) if rest else tree

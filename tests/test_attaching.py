@@ -221,9 +221,11 @@ def test_without_inputs_the_head_cannot_be_sized():
         gs.attach_domain_head(Net(), "mean")
 
 
-def test_an_untraceable_root_has_no_output_for_a_head():
-    with pytest.raises(gs.TracingError, match=r"the forward of the root \(Untraceable\) cannot be traced"):
-        attach(Untraceable(), "body.stage1", example_inputs=image())
+def test_an_untraceable_root_returns_its_output_and_the_logits():
+    m = attach(Untraceable(), "body.stage1", example_inputs=image())
+    output, logits = m.eval()(image())
+    assert torch.equal(output, gs.strip(m)(image()))
+    assert logits.shape == (2, 2)
 
 
 def test_the_weights_of_a_head_follow_the_seed_and_leave_the_generators_alone():

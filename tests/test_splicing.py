@@ -261,6 +261,22 @@ def test_a_module_shared_under_two_names_is_one_module_called_twice():
     assert gs.verify_flip(spliced, model, vector()).ok
 
 
+def test_a_block_in_a_list_that_has_another_name_as_well_can_be_cut_inside():
+    class Aliased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([Repeated()])
+            self.alias = self.layers[0]
+
+        def forward(self, x):
+            return self.alias(self.layers[0](x))
+
+    model, x = Aliased(), vector()
+    spliced = gs.insert_grl(model, after="alias.first#1")
+    assert list(gs.reversals(spliced)) == ["grl_layers_0_first_1"]
+    assert gs.verify_flip(spliced, model, x).ok
+
+
 def test_names_are_the_same_in_train_and_in_eval_and_on_the_result():
     model = Modes()
     in_train, in_eval = names(model.train()), names(model.eval())
@@ -314,7 +330,7 @@ def test_tracing_that_fails_half_way_leaves_no_proxy_behind():
 
     model = Stores()
     with pytest.raises(gs.TracingError, match=r"the forward of the root \(Stores\) cannot be traced"):
-        gs.insert_grl(model, after="fc")
+        gs.insert_grl(model, after="sum")
     assert model.last is None
 
 
@@ -469,7 +485,7 @@ def test_a_wrong_name_under_an_untraceable_root_is_still_a_wrong_name():
 
 def test_where_nothing_traces_the_error_says_what_stopped_it():
     with pytest.raises(gs.TracingError, match=r"cannot be traced.*control flow"):
-        gs.insert_grl(Untraceable(), after="body")
+        gs.insert_grl(Untraceable(), before="body")
 
 
 def test_a_forward_that_assigns_to_its_module_is_not_traced():
@@ -486,14 +502,17 @@ def test_a_forward_that_assigns_to_its_module_is_not_traced():
     with pytest.raises(
         gs.TracingError, match=r"it assigns self.calls, and a graph would leave 'calls' as it is"
     ):
-        gs.insert_grl(Counts(), after="fc")
+        gs.insert_grl(Counts(), before="fc")
+    model = gs.insert_grl(Counts(), after="fc")  # needs no trace of that forward
+    model(vector())
+    assert model.calls == 1
 
 
 def test_a_forward_that_draws_in_python_is_not_frozen():
     model = nn.Sequential(DrawsInPython(), nn.Linear(6, 2))
     gs.insert_grl(model, after="0")
     with pytest.raises(gs.TracingError, match="draws random numbers in Python"):
-        gs.insert_grl(model, after="0.fc")
+        gs.insert_grl(model, before="0.fc")
 
 
 def test_a_pasted_function_keeps_its_backward_through_the_trace():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -79,9 +78,8 @@ def _print_reversals(loaded: LoadedModel, spliced: nn.Module) -> None:
         prefix = f"{points.escape(path)}." if path else ""
         for cut in part.cuts:
             coeff = float(part.get_submodule(cut.module).coeff)  # type: ignore[arg-type]
-            at = prefix + cut.at if isinstance(cut.at, str) else prefixed(cut.at, prefix)
             name = f"{path}.{cut.module}" if path else cut.module
-            say.out(f"\n{name}  {replace(cut, at=at)}, coeff {coeff:g}", highlight=False)
+            say.out(f"\n{name}  {cut.within(path)}, coeff {coeff:g}", highlight=False)
             for edge in reversed_edges(part, cut):
                 say.out(f"  {prefixed(edge, prefix)}", highlight=False)
 

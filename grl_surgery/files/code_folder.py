@@ -106,6 +106,13 @@ class _Code:
                 example="export(m, 'm.safetensors')",
             )
 
+        opaque = [path or "the root" for path, part in self.parts.items() if part.is_opaque]
+        if opaque:
+            raise ExportError(
+                f"the forward of {opaque[0]} runs as it is, so there is no graph to write as code",
+                example="export(m, 'm.safetensors')",
+            )
+
     def text(self) -> str:
         """The whole file."""
         classes = [self._class(path, part) for path, part in self.parts.items()]
@@ -320,7 +327,7 @@ _STANDARD = frozenset(sys.stdlib_module_names)
 
 
 def _in_words(part: SplicedModule, cut: Any) -> str:
-    what = "a domain head" if cut.kind == "head" else "a gradient reversal"
+    what = "a domain head" if cut.is_head else "a gradient reversal"
     return f"{what} {str(cut).replace(chr(34), '').replace(chr(92), '')}"
 
 

@@ -8,7 +8,7 @@ import importlib.metadata
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast, get_args
+from typing import Any, cast, get_args, get_type_hints
 
 import torch
 from torch import fx, nn
@@ -30,6 +30,7 @@ __all__ = ["FORMAT", "Recipe", "coefficients", "describe", "rebuild", "same_tens
 
 Recipe = dict[str, Any]
 FORMAT = 1
+_KINDS = get_args(get_type_hints(Cut)["kind"])
 _VERSIONED = ("grl-surgery", "torch", "timm", "torchvision")
 
 
@@ -79,7 +80,7 @@ def _part(path: str, part: SplicedModule) -> dict[str, Any]:
     return {
         "path": path,
         "cuts": [_cut_data(cut) for cut in part.cuts],
-        "heads": {cut.module: _head_data(part, cut) for cut in part.cuts if cut.kind == "head"},
+        "heads": {cut.module: _head_data(part, cut) for cut in part.cuts if cut.is_head},
         "arguments": _arguments(part),
         "graph": _all_lines(part),
     }
@@ -334,7 +335,8 @@ def _replay(recipe: Recipe, base: nn.Module, own_heads: Mapping[str, nn.Module],
 
 def _cut(data: Mapping[str, Any]) -> Cut:
     kind, at, module = field(data, "kind", str), data.get("at"), field(data, "module", str)
-    if kind not in ("after", "before", "edge", "head") or not module.isidentifier() or module[0] == "_":
+    head, _, rest = module.partition(".") if kind == "tap" else (module, "", "")
+    if kind not in _KINDS or not head.isidentifier() or head[0] == "_" or rest not in ("", "condition"):
         raise ExportError(f"the recipe has a cut of kind {kind[:40]!r} called {module[:80]!r}")
     if kind != "edge":
         place: str | Edge = field(data, "at", str)
@@ -351,9 +353,11 @@ def _made(
     """New reversals and heads for the cuts of one module."""
     made: dict[str, nn.Module] = {}
     for cut in cuts:
+        if cut.kind == "tap":
+            continue
         if cut.module in made or hasattr(host, cut.module):
             raise ExportError(f"the recipe splices in {cut.module!r}, and the network has that already")
-        made[cut.module] = _head(cut.module, heads, own) if cut.kind == "head" else GradientReversal()
+        made[cut.module] = _head(cut.module, heads, own) if cut.is_head else GradientReversal()
     return made
 
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from grl_surgery.errors import ExportError, SurgeryError
 from grl_surgery.generators import random_state_kept
-from grl_surgery.models import load_model
+from grl_surgery.models import build_torchvision, load_model
 
 __all__ = ["build_source", "find_source", "module_lines", "within_memory"]
 
@@ -109,8 +109,7 @@ def _create(library: str, name: str, options: Mapping[str, Any]) -> nn.Module:
             return load_model(f"timm/{name}").module  # says what is near
         built = timm.create_model(name, **given)
     else:
-        models = importlib.import_module("torchvision").models
-        built = models.get_model(name, weights=None, **given)
+        built = build_torchvision(name, **given)
     assert isinstance(built, nn.Module)
     return built
 

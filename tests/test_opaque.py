@@ -1,0 +1,299 @@
+"""Surgery where nothing traces: what leaves a module is reversed, and heads read values tapped inside."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from dataclasses import dataclass
+
+import pytest
+import torch
+from small_networks import Net, Untraceable, image
+from torch import nn
+
+import grl_surgery as gs
+from grl_surgery.opaque import reverse_each
+
+
+@dataclass
+class Found:
+    """What a detector returns: tensors beside things that are none."""
+
+    boxes: torch.Tensor
+    names: list[str]
+
+
+class Proposals(nn.Module):
+    """Nobody can trace it: it decides by values, counts its calls, and returns a structure."""
+
+    threshold = 0.5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.score = nn.Linear(4, 4)
+        self.parts = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        for part in self.children():
+            if isinstance(part, nn.Linear) and x.sum() > -1e9:
+                x = part(x)
+        scores = x.sigmoid()
+        for part in self.parts:
+            x = part(x)
+        losses = {"proposals": (scores**2).mean(), "count": len(x)}
+        return Found(x, ["a"] * int((scores > self.threshold).sum())), losses
+
+    def describe(self):
+        return f"called {self.calls} times"
+
+
+class Detector(nn.Module):
+    """Backbone, proposals and classifier under a forward that looks at its data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Net()
+        self.body.fc = nn.Linear(4, 4)
+        self.proposals = Proposals()
+        self.classify = nn.Linear(4, 3)
+
+    def forward(self, images):
+        features = self.body(torch.stack(images))
+        if len(features) and features.sum() > -1e9:
+            found, losses = self.proposals(features)
+        scores = self.classify(found.boxes)
+        return {"loss": scores.square().mean(), **losses} if self.training else [{"scores": scores}]
+
+
+def images():
+    return [torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(n)) for n in range(2)]
+
+
+def gradients(model, seed=0):
+    torch.manual_seed(seed)
+    losses = model(images())
+    losses = losses[0] if isinstance(losses, tuple) else losses
+    total = losses["loss"] + losses["proposals"]
+    leaves = dict(model.named_parameters())
+    return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))
+
+
+def test_what_leaves_a_module_that_nobody_can_trace_is_reversed_in_every_tensor():
+    model = Detector()
+    spliced = gs.insert_grl(model, after="proposals")
+    assert type(spliced) is Detector
+    plain, found = gradients(model), gradients(spliced)
+    for name, gradient in plain.items():
+        flipped = not name.startswith("classify")
+        assert torch.equal(found[name], -gradient if flipped else gradient), name
+    report = gs.verify_flip(spliced, model, (images(),))
+    assert report.ok, report
+
+
+@pytest.mark.parametrize(
+    ("point", "loss"),
+    [("proposals[1]", "proposals"), ("proposals[1][proposals]", "proposals"), ("proposals[0]", "loss")],
+)
+def test_one_item_of_what_leaves_it_is_reversed_and_no_other(point, loss):
+    model = Detector()
+    spliced = gs.insert_grl(model, after=point)
+    for key in ("proposals", "loss"):
+        weight = (model.body.stem.weight, spliced.body.stem.weight)
+        plain, found = (
+            torch.autograd.grad(m(images())[key], w)[0] for m, w in zip((model, spliced), weight, strict=True)
+        )
+        assert torch.equal(found, -plain if key == loss else plain)
+
+
+def test_a_wrong_item_is_answered_with_those_there_are():
+    spliced = gs.insert_grl(Detector(), after="proposals[0][boxed]")
+    with pytest.raises(gs.ShapeError, match=r"a Found, has no item \[boxed\]\n.*\[boxes\]"):
+        spliced(images())
+
+
+def test_the_module_keeps_its_attributes_methods_state_and_children():
+    model = Detector()
+    spliced = gs.insert_grl(model, after="proposals")
+    spliced(images())
+    spliced(images())
+    assert isinstance(spliced.proposals, Proposals)
+    assert spliced.proposals.describe() == "called 2 times"
+    assert (model.proposals.calls, spliced.proposals.calls) == (0, 2)
+    spliced.proposals.calls = 7
+    spliced(images())
+    assert spliced.proposals.calls == 8
+    assert list(spliced.state_dict()) == list(model.state_dict())
+    spliced.proposals.parts = nn.ModuleList([nn.Identity()])
+    assert spliced(images())["proposals"].isfinite()
+    with pytest.raises(AttributeError, match="nothing_like_it"):
+        _ = spliced.proposals.nothing_like_it
+
+
+def test_a_mode_set_on_one_module_reaches_its_own_forward():
+    spliced = gs.attach_domain_head(Detector(), after="body.fc", hidden=32, example_inputs=(images(),))
+    spliced.training = False
+    output, _ = spliced(images())
+    assert isinstance(output, list)
+    assert isinstance(spliced.train()(images())[0], dict)
+    assert spliced.domain.training
+    assert not spliced.eval().domain.training
+
+
+@pytest.mark.parametrize(
+    "again",
+    [copy.deepcopy, copy.copy, lambda m: pickle.loads(pickle.dumps(m))],
+    ids=["deep", "copy", "pickle"],
+)
+def test_copies_reverse_and_call_their_heads(again):
+    model = gs.insert_grl(Detector(), after="proposals")
+    spliced = gs.attach_domain_head(model, after="proposals[0][boxes]", hidden=32, example_inputs=(images(),))
+    twin = again(spliced).eval()
+    assert torch.equal(twin(images())[1], spliced.eval()(images())[1])
+    assert gs.verify_flip(twin, example_inputs=(images(),)).ok
+    twin.domain.train()
+    assert not spliced.domain.training
+    assert list(gs.reversals(twin)) == list(gs.reversals(spliced))
+
+
+def test_a_second_surgery_inside_and_at_the_same_place_adds_to_the_first():
+    model = Detector()
+    once = gs.insert_grl(model, after="proposals")
+    twice = gs.insert_grl(once, after=["proposals", "proposals.score", "body.stage1"])
+    assert len(gs.reversals(twice)) == 4
+    assert gs.verify_flip(twice, model, (images(),)).ok
+    plain, found = gradients(model), gradients(twice)
+    assert torch.equal(
+        found["proposals.parts.0.weight"], plain["proposals.parts.0.weight"]
+    )  # twice: back again
+    back = gs.strip(twice)
+    assert type(back) is Detector
+    assert type(back.proposals) is Proposals
+    rest = gs.strip(twice, next(name for name in gs.reversals(twice) if "score" in name))
+    assert len(gs.reversals(rest)) == 3
+
+
+def test_a_module_that_was_spliced_inside_can_be_reversed_as_a_whole_as_well():
+    model = Untraceable()
+    spliced = gs.insert_grl(gs.insert_grl(model, after="body.stage1"), after="body")
+    assert len(gs.reversals(spliced)) == 2
+    assert gs.verify_flip(spliced, model, image()).ok
+
+
+def test_what_cannot_be_traced_and_is_no_module_is_an_error_that_says_what_works():
+    with pytest.raises(gs.TracingError, match=r"what leaves a module needs no trace"):
+        gs.insert_grl(Detector(), after="proposals.sigmoid")
+
+
+# ------------------------------------------------------------------------------------------------- heads
+
+
+def test_heads_on_an_untraceable_network_come_out_behind_its_loss_dict():
+    model = Detector()
+    m = gs.attach_domain_head(model, after="body.stage2", name="image", hidden=32, example_inputs=(images(),))
+    m = gs.attach_domain_head(
+        m,
+        after="proposals[0][boxes]",
+        name="instance",
+        condition_on="classify",
+        hidden=32,
+        example_inputs=(images(),),
+    )
+    losses, image_logits, instance_logits = m(images())
+    assert set(losses) == {"loss", "proposals", "count"}
+    assert (image_logits.shape, instance_logits.shape) == ((2, 2), (2, 2))
+    for mode in ("train", "eval"):
+        report = gs.verify_flip(m, model, (images(),), mode=mode)
+        assert report.ok, report
+    assert list(gs.strip(m).state_dict()) == list(model.state_dict())
+    assert type(gs.strip(m)) is Detector
+    only = gs.strip(m, "image")
+    assert len(only(images())) == 2
+    assert torch.equal(only.eval()(images())[1], m.eval()(images())[2])
+
+
+def test_a_head_reads_what_was_there_before_the_network_overwrote_it():
+    class Overwrites(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(3, 4)
+            self.act = nn.ReLU(inplace=True)
+
+        def forward(self, x):
+            return self.act(self.first(x))
+
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = Overwrites()
+
+        def forward(self, x):
+            return self.body(x) if x.sum() > -1e9 else x
+
+    model, x = Root(), torch.randn(5, 3)
+    m = gs.attach_domain_head(model, after="body.first", hidden=32, dropout=0.0, example_inputs=x)
+    assert torch.equal(m(x)[1], m.domain(model.body.first(x)))
+
+
+def test_a_point_that_a_forward_passes_twice_or_never_is_an_error():
+    class Twice(nn.Module):
+        def __init__(self, times):
+            super().__init__()
+            self.layer, self.times = nn.Linear(3, 3), times
+
+        def forward(self, x):
+            for _ in range(self.times if x.sum() > -1e9 else 0):
+                x = self.layer(x)
+            return x
+
+    for times in (0, 2):
+        with pytest.raises(
+            gs.SurgeryError, match=rf"came {times} times past the point that the head 'probe_0'"
+        ):
+            gs.attach_domain_head(Twice(times), after="layer", hidden=32, example_inputs=torch.randn(2, 3))
+
+
+def test_threads_do_not_read_each_others_values():
+    m = gs.attach_domain_head(Detector(), after="body.stage2", hidden=32, example_inputs=(images(),)).eval()
+    inputs = [[torch.full((3, 8, 8), float(n))] for n in range(8)]
+    alone = [m(x)[1] for x in inputs]
+    together: dict[int, torch.Tensor] = {}
+
+    def run(n):
+        for _ in range(20):
+            together[n] = m(inputs[n])[1]
+
+    threads = [threading.Thread(target=run, args=(n,)) for n in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(together[n], alone[n]) for n in range(len(inputs)))
+
+
+def test_a_file_brings_everything_back(tmp_path):
+    m = gs.attach_domain_head(Detector(), after="body.stage2", hidden=32, example_inputs=(images(),))
+    m = gs.insert_grl(m, after="proposals", coeff=0.25)
+    again = gs.load(gs.export(m, tmp_path / "m.safetensors", (images(),)), model=Detector())
+    assert torch.equal(again.eval()(images())[1], m.eval()(images())[1])
+    assert [float(layer.coeff) for layer in gs.reversals(again).values()] == [0.25, 1.0]
+    with pytest.raises(gs.ExportError, match=r"runs as it is, so there is no graph to write as code"):
+        gs.export(m, tmp_path / "folder", (images(),))
+
+
+def test_the_reversal_of_a_structure_leaves_the_structure_alone():
+    value = (torch.ones(2), {"a": [torch.zeros(1)], "n": 3}, Found(torch.ones(1), ["x"]), torch.arange(2))
+    doubled = reverse_each(Doubles(), value)
+    assert torch.equal(doubled[0], torch.full((2,), 2.0))
+    assert torch.equal(doubled[2].boxes, torch.full((1,), 2.0))
+    assert doubled[3] is value[3]  # integers carry no gradient
+    assert torch.equal(value[2].boxes, torch.ones(1))
+    assert doubled[1]["n"] == 3
+
+
+class Doubles(nn.Module):
+    def forward(self, x):
+        assert x.is_floating_point()
+        return x * 2
