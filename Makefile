@@ -7,11 +7,13 @@ INSTALLED := $(VENV)/.installed
 DOCS := README.md $(wildcard docs/*.md)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format typecheck readme bench clean
+.PHONY: help demo test soak mutate lint format typecheck readme bench clean
 
 help:
 	@echo "make demo       the main job on a pretrained network: splice, prove, strip"
 	@echo "make test       all tests"
+	@echo "make soak       20,000 random networks against a plain interpreter; about an hour on two cores"
+	@echo "make mutate     break the library in 60 small ways; the tests must notice each"
 	@echo "make lint       ruff's checks and formatting (make format repairs)"
 	@echo "make typecheck  mypy --strict"
 	@echo "make readme     run the code blocks of README.md and docs/"
@@ -24,6 +26,12 @@ demo: $(INSTALLED)
 # Two workers with one thread each: as fast as two cores allow, without the two getting in each other's way.
 test: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q $(ARGS)
+
+soak: $(INSTALLED)
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py $(ARGS)
+
+mutate: $(INSTALLED)
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/mutate.py $(ARGS)
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check .

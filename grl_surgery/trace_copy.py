@@ -27,9 +27,10 @@ def trace_copy(model: nn.Module, opened: frozenset[str], mode: bool | None) -> n
         flag = module.__dict__.pop("training", None)
         if flag is not None:
             module._buffers["training"] = Flag(path, flag if mode is None else mode)  # type: ignore[assignment]
+    listed = {id(copy.get_submodule(path)) for path in opened}  # perhaps under another name as well
     for path in near.keys() - opened:
         module = copy.get_submodule(path)
-        if not _is_list(module):
+        if not _is_list(module) and id(module) not in listed:
             module.__dict__["_modules"] = _Unlisted(module._modules)
     return copy
 

@@ -179,7 +179,11 @@ class Tracer(fx.Tracer):
         if isinstance(value, fx.Proxy):
             proxy = self.create_proxy("call_function", boundary, (value,), {})
             proxy.node.meta.update(
-                base=escape(path), call=call, boundary="out" if arg is None else "in", arg=arg, items=items
+                base=escape(path),
+                call=call,
+                boundary="out" if arg is None else "in",
+                arg=None if arg is None else arg + "".join(f"[{key}]" for key in items),
+                items=items,
             )
             return proxy
         if type(value) in (tuple, list):

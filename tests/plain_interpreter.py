@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from random_networks import ITEMS, KEYS, Block, Operation, Pair, Step, module_path
+from random_networks import ITEMS, Block, Operation, Pair, Step, module_path
 from torch import nn
 
 Place = tuple[Any, ...]  # where in the execution: numbers of steps, from the root inwards
@@ -106,7 +106,8 @@ class Value:
         self, memory: Memory, view: Callable[..., torch.Tensor], make: Callable[[], torch.Tensor], names: Any
     ) -> None:
         self.memory, self.view, self.make, self.names = memory, view, make, tuple(names)
-        self.sames: tuple[Value, ...] = ()  # Python's variables for the very same tensor
+        self.same_tensor = [self]  # all values that are one tensor to Python
+        self.before_reversal: Value | None = None
         self.successor: Value | None = None  # the tensor after an in-place operation
         self.version, self.tensor = memory.version, make()
         self.is_float = self.tensor.is_floating_point()
@@ -124,7 +125,9 @@ class Value:
         numbers = torch.empty_strided(old.shape, old.stride(), dtype=torch.int64).copy_(numbers)
         index = self.view(numbers).reshape(-1)
         new = old.reshape(-1).scatter(0, index, tensor.expand(self.view(old).shape).reshape(-1))
-        memory.tensor = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype).copy_(new.view(old.shape))
+        memory.tensor = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype).copy_(
+            new.view(old.shape)
+        )
         memory.version += 1
         self.version, self.tensor = memory.version, self.view(memory.tensor)
 
@@ -140,8 +143,15 @@ class Value:
     def same(self) -> Value:
         """The same tensor where it enters or leaves a module."""
         twin = self.derived(lambda x: x, self.names)
-        twin.sames = (self, *self.sames)
+        twin.same_tensor, twin.before_reversal = self.same_tensor, self.before_reversal
+        twin.same_tensor.append(twin)
         return twin
+
+    def overwritten_by(self, successor: Value) -> None:
+        for value in self.same_tensor:
+            value.successor = successor
+        if self.before_reversal is not None:
+            self.before_reversal.overwritten_by(successor)
 
     def latest(self) -> Value:
         value = self
@@ -160,7 +170,7 @@ class Value:
             return y
 
         value = Value(self.memory, self.view, hooked, self.names)
-        value.sames = (self, *self.sames)
+        value.before_reversal = self
         return value
 
 
@@ -221,7 +231,14 @@ class Interpreter:
             items = [name]
         else:
             items = [name + key for key in ITEMS["tuple" if inner.returns == "Pair" else inner.returns]]
-        return [self.define(value.same(), item) for value, item in zip(results, items)]
+        outside = {name for value in inputs for name in value.names}
+        left = []
+        for value, item in zip(results, items, strict=True):
+            value = value.same()
+            # What only passes through is called by where it left: from outside, a call hides what it takes.
+            value.names = tuple(name for name in value.names if name not in outside)
+            left.append(self.define(value, item))
+        return left
 
     def operate(
         self, block: Block, module: nn.Module, step: Step, prefix: str, place: Place, inputs: list[Value]
@@ -239,7 +256,13 @@ class Interpreter:
             node, arg = operation.use(number)
             used.append(self.use(value, name_of(node), arg))
         source = (operation.pure or operation.source).replace("{m}", step.path)
-        environment: dict[str, Any] = {"torch": torch, "F": F, "operator": operator, "self": module, "Pair": Pair}
+        environment: dict[str, Any] = {
+            "torch": torch,
+            "F": F,
+            "operator": operator,
+            "self": module,
+            "Pair": Pair,
+        }
         if operation.reads:
             held = operation.reads.format(m=step.path)
             value = fresh(eval(f"self.{held}", {"self": module}))
@@ -247,7 +270,9 @@ class Interpreter:
             environment["held"] = self.use(value, name_of(operation.nodes[-1]), "1").read()
             source = source.replace(f"self.{held}", "held")
         function = eval(f"lambda x0=None, x1=None, x2=None: {source.format('x0', 'x1', 'x2')}", environment)
-        self.ends[name_of(operation.nodes[-1])] = operation.source.startswith("torch.where") or "ids" in operation.takes
+        self.ends[name_of(operation.nodes[-1])] = (
+            operation.source.startswith("torch.where") or "ids" in operation.takes
+        )
         return self.results_of(operation, function, used, name_of)
 
     def results_of(
@@ -261,8 +286,7 @@ class Interpreter:
         if operation.pure:
             used[0].write(result)
             overwritten = self.define(used[0].derived(lambda x: x, ()), names[0])
-            for same in (used[0], *used[0].sames):
-                same.successor = overwritten
+            used[0].overwritten_by(overwritten)
             return [overwritten]
         results = list(result) if isinstance(result, (tuple, list)) else [result]
         values = []

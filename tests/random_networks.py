@@ -102,14 +102,28 @@ OPERATIONS = [
     _op("{0}.mean(1)", "tok", "half", "mean"),
     _op("torch.cat([{0}, {1}], 1)", "half half", "vec", "cat", uses=("cat:0[0]", "cat:0[1]")),
     _op("torch.stack(({0}, {1}), dim=1)", "half half", "tok", "stack", uses=("stack:0[0]", "stack:0[1]")),
-    _op("F.scaled_dot_product_attention({0}, {1}, {2})", "tok tok tok", "tok", "scaled_dot_product_attention"),
-    _op("F.linear({0}, self.{m}.weight)", "vec", "vec", "{m}.weight linear", module="nn.Linear(8, 8)",
-        reads="{m}.weight"),
+    _op(
+        "F.scaled_dot_product_attention({0}, {1}, {2})", "tok tok tok", "tok", "scaled_dot_product_attention"
+    ),
+    _op(
+        "F.linear({0}, self.{m}.weight)",
+        "vec",
+        "vec",
+        "{m}.weight linear",
+        module="nn.Linear(8, 8)",
+        reads="{m}.weight",
+    ),
     _op("{0} * self.{m}", "same", "same", "{m} mul", module="nn.Parameter(torch.randn(()))", reads="{m}"),
     _op("{0} + self.{m}.add_(1)", "same", "same", "{m} add_ add", module="torch.zeros(())"),
     _EMBEDDING,
-    _op("self.{m}({0})", "tok", "tok states", "{m} {m}[0] {m}[1]", module="nn.GRU(4, 4, batch_first=True)",
-        uses=("{m}:0",)),
+    _op(
+        "self.{m}({0})",
+        "tok",
+        "tok states",
+        "{m} {m}[0] {m}[1]",
+        module="nn.GRU(4, 4, batch_first=True)",
+        uses=("{m}:0",),
+    ),
     _layer("nn.Linear(8, 8)", "vec"),
     _layer("nn.Linear(4, 4)", "half"),
     _layer("nn.Linear(4, 4)", "tok"),
@@ -179,8 +193,18 @@ PACKINGS = {
     "Pair": "Pair({0}, {1})",
     "list": "[{0}, {1}]",
 }
-KEYS = {"tuple": ("[0]", "[1]"), "list": ("[0]", "[1]"), "dict": ("['left']", "['right']"), "Pair": ("[0]", "[1]")}
-ITEMS = {"tuple": ("[0]", "[1]"), "list": ("[0]", "[1]"), "dict": ("[left]", "[right]"), "Pair": ("[0]", "[1]")}
+KEYS = {
+    "tuple": ("[0]", "[1]"),
+    "list": ("[0]", "[1]"),
+    "dict": ("['left']", "['right']"),
+    "Pair": ("[0]", "[1]"),
+}
+ITEMS = {
+    "tuple": ("[0]", "[1]"),
+    "list": ("[0]", "[1]"),
+    "dict": ("[left]", "[right]"),
+    "Pair": ("[0]", "[1]"),
+}
 
 
 def source_of(block: Block) -> str:
@@ -216,9 +240,7 @@ def _lines(block: Block, step: Step) -> Iterator[str]:
         return
     inner = block.children[block.aliases.get(step.path, step.path)]
     packed = inputs[0] if len(inputs) == 1 else PACKINGS[inner.packed].format(*inputs)
-    if len(step.results) == 1:
-        yield f"{targets} = self.{step.path}({packed})"
-    elif inner.returns == "tuple":
+    if len(step.results) == 1 or inner.returns == "tuple":
         yield f"{targets} = self.{step.path}({packed})"
     else:
         yield f"packed = self.{step.path}({packed})"
@@ -398,7 +420,7 @@ def _module_for(draw: st.DrawFn, block: Block, operation: Operation) -> str:
 
 def _maybe_alias(draw: st.DrawFn, block: Block, path: str) -> str:
     child = block.children[path]
-    is_module = isinstance(child, Block) or child.startswith("nn.") and "Parameter" not in child
+    is_module = isinstance(child, Block) or (child.startswith("nn.") and "Parameter" not in child)
     if not is_module or draw(st.integers(0, 3)):
         return path
     alias = f"alias{len(block.aliases)}"

@@ -180,3 +180,35 @@ def test_an_item_is_named_after_the_call_however_deep_the_trace_goes(x):
     alone = gs.insert_grl(model, edge=edge)
     deeper = gs.insert_grl(gs.insert_grl(model, after="two.sigmoid#2"), edge=edge)
     assert_same_gradients(gradients(deeper, x), gradients(alone, x))
+
+
+class TakesADict(nn.Module):
+    """A block that takes a dict."""
+
+    def forward(self, pair):
+        return torch.tanh(pair["left"]) * pair["right"]
+
+
+class PassesADict(Layers):
+    """Calls it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = TakesADict()
+
+    def forward(self, x):
+        x = self.a(x)
+        return self.block({"left": x, "right": x})
+
+
+def test_an_argument_is_called_the_same_however_deep_the_trace_goes(x):
+    model = PassesADict()
+    edge = gs.Edge("a", "block", "0[left]")
+    alone = gs.insert_grl(model, edge=edge)
+    deeper = gs.insert_grl(gs.insert_grl(model, after="block.mul"), edge=edge)
+    alone = gs.insert_grl(alone, after="block")
+    assert_same_gradients(gradients(deeper, x), gradients(alone, x))
+    arguments = {
+        edge.arg for depth in (1, 2) for edge in gs.graph(model, depth).edges if edge.target == "block"
+    }
+    assert arguments == {"0[left]", "0[right]"}
