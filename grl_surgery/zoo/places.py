@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -88,12 +88,16 @@ def survey(model: nn.Module) -> Survey:
         raise TracingError("nothing in this network can be traced")
     chosen = stages[0], stages[len(stages) // 2], stages[-1]
     middle = chosen[1]
-    deeper = _region(model, middle.region, middle.name, [step.name for step in chosen])
-    if not any(step.edges for step in deeper.steps):
-        deeper = _region(model, middle.region, None)
-    regions[middle.region] = deeper
+    names = [step.name for step in chosen]
+    items = {}
+    for step in {step.region: step for step in chosen}.values():
+        regions[step.region] = _region(model, step.region, middle.name, names)
+        items.update(regions[step.region].items)
+    if not any(step.edges for step in regions[middle.region].steps):
+        regions[middle.region] = _region(model, middle.region, None)
+    places = _choose(chosen, items, regions[middle.region].steps)
     points = sum(len(region.names) for region in regions.values())
-    return Survey(points, "traced" if "" in regions else "inside", tuple(_choose(chosen, deeper)))
+    return Survey(points, "traced" if "" in regions else "inside", tuple(places))
 
 
 # ------------------------------------------------------------------------------------------- what there is
@@ -127,17 +131,29 @@ def _region(model: nn.Module, path: str, down: str | None, also: Sequence[str] =
     }
     traced = trace(module, opened, lenient=True)
     graph = _common(list(traced.graphs.values()))
-    items = {prefix + name: item for node in graph.nodes for name, item in _first_item(node)}
+    items: dict[str, str] = {}
+    for node in graph.nodes:
+        for name, item in _first_item(node):
+            items.setdefault(prefix + name, item)
     return _Region(path, traced.names(), list(_steps(module, path, prefix, graph)), items)
 
 
 def _first_item(node: fx.Node) -> Iterator[tuple[str, str]]:
-    """The first of several tensors that a module returns; of a module kept whole, the first that is taken."""
-    if node.meta.get("items") and node.meta["boundary"] == "out" and not any(node.meta["items"]):
-        yield node.meta["point"], "".join(f"[{key}]" for key in node.meta["items"])
-    if node.op == "call_module":
-        keys = [user.args[1] for user in node.users if user.target is operator.getitem]
-        yield from ((node.meta["point"], f"[{key}]") for key in keys[:1] if isinstance(key, (int, str)))
+    """The first of several tensors that a module returns and somebody uses, by its mark or by the use."""
+    if node.op != "call_module" and node.meta.get("boundary") != "out":
+        return
+    if node.meta.get("items"):
+        if node.users:
+            yield node.meta["point"], "".join(f"[{key}]" for key in node.meta["items"])
+        return
+    keys = [user.args[1] for user in _users(node) if user.target is operator.getitem]
+    yield from ((node.meta["point"], f"[{key}]") for key in keys[:1] if isinstance(key, (int, str)))
+
+
+def _users(node: fx.Node) -> Iterator[fx.Node]:
+    """Who uses the value, behind the marks that it passes."""
+    for user in node.users:
+        yield from _users(user) if user.target is boundary else [user]
 
 
 def _within(name: str, stage: str) -> bool:
@@ -232,14 +248,14 @@ _KEPT = frozenset([*_OPERATIONS, "getitem", "chunk", "split", "unbind", "dropout
 # ------------------------------------------------------------------------------------------------- choice
 
 
-def _choose(stages: Sequence[_Step], region: _Region) -> Iterator[Place]:
+def _choose(stages: Sequence[_Step], items: Mapping[str, str], steps: Sequence[_Step]) -> Iterator[Place]:
     """The three stages; an operation and an edge, in the middle stage if it has them."""
     roles: tuple[Role, ...] = ("first stage", "middle stage", "last stage")
     for role, step in zip(roles, stages, strict=True):
-        yield Place(role, step.name + region.items.get(step.name, ""))
+        yield Place(role, step.name + items.get(step.name, ""))
     taken = {step.name for step in stages}
-    inside = [step for step in region.steps if step.name.startswith(f"{stages[1].name}.")]
-    ordered = [*inside, *region.steps]
+    inside = [step for step in steps if step.name.startswith(f"{stages[1].name}.")]
+    ordered = [*inside, *steps]
     single = [step for step in ordered if step.name not in taken and step.kind != "stage"]
     operations = [step for step in single if step.kind == "operation" and "." in step.name]
     for step in (operations or single)[:1]:

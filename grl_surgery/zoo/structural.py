@@ -131,9 +131,9 @@ def _all_cuts(model: nn.Module, places: Sequence[Place], root: str) -> tuple[nn.
 def _check_paths(model: nn.Module, found: Survey) -> None:
     """Run the network with all cuts in both modes; compare prediction and record, each reversal alone."""
     places = found.places
+    inputs = declared_inputs(model)
     spliced, names = _all_cuts(model, places, found.root)
     oracle = with_reversals(spliced, model, HookReversal)
-    inputs = declared_inputs(model)
     predicted: dict[int, dict[Place, Signs]] = {}
     effective: set[Place] = set()
     for mode in ("train", "eval"):
