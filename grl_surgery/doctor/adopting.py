@@ -19,7 +19,7 @@ from grl_surgery.doctor.rig import Gradients, Rig, private_runs
 from grl_surgery.doctor.survey import eager_gradients, survey
 from grl_surgery.doctor.verdicts import Finding
 from grl_surgery.doctor.warm_starts import rising
-from grl_surgery.errors import FlipError, SurgeryError
+from grl_surgery.errors import FlipError, SurgeryError, TracingError
 from grl_surgery.function_calls import FunctionCall
 from grl_surgery.points import escape
 from grl_surgery.schedules import Schedule
@@ -243,15 +243,34 @@ def _with_calls(model: nn.Module, site: Site, inputs: Any) -> tuple[nn.Module, l
 
 def _points(base: nn.Module, site: Site) -> list[str]:
     """Names of the calls of that Function, or operator, in that module's forward."""
-    path = site.finding.path
-    parts = path.split(".") if path else []
-    around = {".".join(parts[:count]) for count in range(len(parts) + 1)}
-    traced = trace(base, around, lenient=True)
-    nodes = [node for graph in list(traced.graphs.values())[:1] for node in graph.nodes]
+    try:
+        return _points_inside(base, "", site)
+    except TracingError as error:
+        reason = error
+    for host in reversed(_around(site.finding.path)):  # as surgery does where the root cannot be traced
+        try:
+            return _points_inside(base, host, site)
+        except TracingError as error:
+            reason = error
+    raise reason
+
+
+def _points_inside(base: nn.Module, host: str, site: Site) -> list[str]:
+    """The same, tracing only what lies in the module called ``host``."""
     assert site.passing is not None
-    own = site.passing.own
+    own, path = site.passing.own, site.finding.path
+    inside = path[len(host) :].lstrip(".")
+    traced = trace(base.get_submodule(host), {"", *_around(inside)}, lenient=True)
+    nodes = [node for graph in list(traced.graphs.values())[:1] for node in graph.nodes]
     calls = [node.meta["point"] for node in nodes if "point" in node.meta and _calls(node, own)]
-    return [name for name in calls if name.rpartition(".")[0] == escape(path)]
+    prefix = f"{escape(host)}." if host else ""
+    return [prefix + name for name in calls if name.rpartition(".")[0] == escape(inside)]
+
+
+def _around(path: str) -> list[str]:
+    """The modules around the one at ``path``, outermost first, and itself."""
+    parts = path.split(".") if path else []
+    return [".".join(parts[: count + 1]) for count in range(len(parts))]
 
 
 def _calls(node: fx.Node, own: Any) -> bool:

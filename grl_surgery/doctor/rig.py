@@ -65,7 +65,7 @@ class Rig:
         tensors: dict[str, torch.Tensor] = {name: b.detach().clone() for name, b in tree.named_buffers()}
         for name, value in Experiment.on(tree, inputs, seed).values.items():
             moves = value.is_floating_point() or value.is_complex()
-            tensors[name] = nn.Parameter(value.detach(), requires_grad=moves)
+            tensors[name] = nn.Parameter(value.detach().clone(), requires_grad=moves)
         rig = cls(with_tensors(tree, tensors), (), {}, seed=seed)
         given = pytree.tree_map_only(torch.Tensor, rig._input, inputs)
         if isinstance(given, dict):
