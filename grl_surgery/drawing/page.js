@@ -7,7 +7,7 @@
   // ------------------------------------------------------------------------------------ the graph
 
   const boxes = data.boxes || [], lines = data.lines || [];
-  const elements = boxes.map((_, i) => byId("b" + i));
+  const drawn = (box) => byId("b" + box.i);  // null until the block around it has been open
   const inside = new Map([[-1, { boxes: [], lines: [] }]]);
   boxes.forEach((box, i) => { box.i = i; if ("title" in box) inside.set(i, { boxes: [], lines: [] }); });
   boxes.forEach((box) => inside.get(box.in).boxes.push(box));
@@ -85,7 +85,7 @@
   }
 
   function draw(box) {
-    const element = elements[box.i];
+    const element = drawn(box);
     element.setAttribute("transform", `translate(${round(box.cx)} ${round(box.cy)})`);
     if (!isBlock(box)) return;
     element.classList.toggle("open", !!box.open);
@@ -121,7 +121,7 @@
   }
 
   const picture = byId("picture"), canvas = byId("canvas");
-  let zoom = 1, room = [0, 0];
+  let zoom = 1, room = picture ? [picture.viewBox.baseVal.width, picture.viewBox.baseVal.height] : [0, 0];
 
   function redraw() {
     const [width, height] = place(-1);
@@ -141,41 +141,58 @@
   // ----------------------------------------------------------------------- choosing and opening boxes
 
   const details = byId("details");
-  let chosen = null, view = 0;
+  let chosen = null, reached = null, view = 0, words = [], hitsInside = new Set();
 
   const above = (box) => (box.in < 0 ? [] : [boxes[box.in], ...above(boxes[box.in])]);
   const visible = () => boxes.filter((box) => box.name !== undefined && above(box).every((it) => it.open));
 
-  function toggle(box, open = !box.open) {
-    if (!isBlock(box) || !!box.open === open) return;
-    const before = elements[box.i].getBoundingClientRect();
-    box.open = open;
+  function open(box) {
+    box.open = true;
+    const part = drawn(box).querySelector(":scope > .opened > .inside");
+    if (part.hasChildNodes()) return;
+    part.innerHTML = data.insides[box.i];  // made and escaped where the page was; most are never looked at
+    const { boxes, lines } = inside.get(box.i);
+    boxes.forEach(paint);
+    boxes.forEach(mark);
+    lines.forEach(paintLine);
+  }
+
+  function toggle(box) {
+    if (!isBlock(box)) return;
+    const before = drawn(box).getBoundingClientRect();
+    if (box.open) box.open = false; else open(box);
     redraw();
-    const after = elements[box.i].getBoundingClientRect();  // what was clicked stays under the pointer
+    const after = drawn(box).getBoundingClientRect();  // what was clicked stays under the pointer
     canvas.scrollTop += after.top - before.top;
     canvas.scrollLeft += after.left + after.width / 2 - before.left - before.width / 2;
   }
 
   function choose(box, focus = true) {
-    if (chosen) elements[chosen.i].classList.remove("chosen");
-    for (const element of elements) if (element.tabIndex === 0) element.tabIndex = -1;
+    if (chosen) drawn(chosen).classList.remove("chosen");
     chosen = box;
-    elements[box.i].classList.add("chosen");
-    elements[box.i].tabIndex = 0;
-    if (focus) elements[box.i].focus({ preventScroll: true });
+    drawn(box).classList.add("chosen");
+    reach(box);
+    if (focus) drawn(box).focus({ preventScroll: true });
     describe(box);
   }
 
+  // The one box that the tab key leads to.
+  function reach(box) {
+    if (reached) drawn(reached).tabIndex = -1;
+    reached = box;
+    drawn(box).tabIndex = 0;
+  }
+
   function reveal(box) {
-    let changed = false;
-    for (const block of above(box)) { changed = changed || !block.open; block.open = true; }
-    if (changed) redraw();
+    const closed = above(box).filter((block) => !block.open).reverse();
+    closed.forEach(open);
+    if (closed.length) redraw();
     choose(box);
     scrollTo(box);
   }
 
   function scrollTo(box) {
-    const element = elements[box.i], part = element.querySelector(":scope > .opened > .title") || element;
+    const element = drawn(box), part = element.querySelector(":scope > .opened > .title") || element;
     const shape = (box.open ? part : element).getBoundingClientRect(), frame = canvas.getBoundingClientRect();
     if (shape.top < frame.top || shape.bottom > frame.bottom) {
       canvas.scrollTop += (shape.top + shape.bottom - frame.top - frame.bottom) / 2;
@@ -218,20 +235,29 @@
     write(line.name, [["gradient", kind]], kind);
   }
 
+  function setKind(element, kind) {
+    if (kind) element.dataset.kind = kind; else delete element.dataset.kind;
+  }
+
+  function paint(box) {
+    const element = drawn(box);
+    if (!element || !box.marks || !box.marks.length) return;
+    const [kind, , measured] = box.marks[view];
+    setKind(element, kind);
+    if (measured) element.dataset.measured = ""; else delete element.dataset.measured;
+    const sign = element.querySelector(":scope > .mark text, :scope > .closed > .mark text");
+    if (sign) sign.textContent = data.glyphs[kind] || "";
+  }
+
+  function paintLine(line) {
+    const element = byId("l" + line.i);
+    if (element) setKind(element, line.kinds[view]);
+  }
+
   function show(number) {
     view = number;
-    const kinds = (element, kind) => {
-      if (kind) element.dataset.kind = kind; else delete element.dataset.kind;
-    };
-    for (const box of boxes) {
-      if (!box.marks || !box.marks.length) continue;
-      const element = elements[box.i], [kind, , measured] = box.marks[view];
-      kinds(element, kind);
-      if (measured) element.dataset.measured = ""; else delete element.dataset.measured;
-      const sign = element.querySelector(":scope > .mark text, :scope > .closed > .mark text");
-      if (sign) sign.textContent = data.glyphs[kind] || "";
-    }
-    for (const line of lines) kinds(byId("l" + line.i), line.kinds[view]);
+    boxes.forEach(paint);
+    lines.forEach(paintLine);
     if (chosen) describe(chosen);
   }
 
@@ -241,28 +267,29 @@
   };
 
   if (picture) {
-    for (const i of data.open) boxes[i].open = true;
-    redraw();
+    data.open.forEach((i) => open(boxes[i]));
+    if (data.open.length) redraw();
     fit();
     const first = boxes.find((box) => box.name !== undefined);
-    if (first) elements[first.i].tabIndex = 0;
+    if (first) reach(first);
 
-    picture.addEventListener("click", (event) => {
+    // On the canvas: an SVG element that listens to the focus takes it.
+    canvas.addEventListener("click", (event) => {
       const box = boxOf(event.target);
       if (!box) return;
       choose(box);
       if (!box.open || event.target.closest(".title")) toggle(box);
     });
-    picture.addEventListener("pointerover", (event) => {
+    canvas.addEventListener("pointerover", (event) => {
       const line = event.target.closest(".line"), box = boxOf(event.target);
       if (line) describeLine(lines[Number(line.id.slice(1))]); else if (box) describe(box);
     });
-    picture.addEventListener("pointerleave", () => { if (chosen) describe(chosen); });
-    picture.addEventListener("focusin", (event) => {
+    canvas.addEventListener("pointerleave", () => { if (chosen) describe(chosen); });
+    canvas.addEventListener("focusin", (event) => {
       const box = boxOf(event.target);
       if (box && box !== chosen) choose(box, false);
     });
-    picture.addEventListener("keydown", (event) => {
+    canvas.addEventListener("keydown", (event) => {
       const box = boxOf(event.target);
       if (!box || event.ctrlKey || event.metaKey || event.altKey) return;
       const shown = visible(), here = shown.indexOf(box);
@@ -284,9 +311,9 @@
       event.preventDefault();
       actions[event.key]();
     });
-    const all = (open) => { boxes.forEach((box) => { if (isBlock(box)) box.open = open; }); redraw(); };
-    byId("open-all").addEventListener("click", () => all(true));
-    byId("close-all").addEventListener("click", () => all(false));
+    const all = (change) => { boxes.filter(isBlock).forEach(change); redraw(); };
+    byId("open-all").addEventListener("click", () => all(open));
+    byId("close-all").addEventListener("click", () => all((box) => { box.open = false; }));
     byId("smaller").addEventListener("click", () => scale(zoom / 1.25));
     byId("larger").addEventListener("click", () => scale(zoom * 1.25));
     byId("fit").addEventListener("click", fit);
@@ -299,19 +326,23 @@
   const body = table.tBodies[0], rows = [...body.rows];
   const texts = rows.map((row) => row.textContent.toLowerCase());
 
+  const fits = (text) => words.every((word) => text.includes(word));
+  const isHit = (box) =>
+    words.length > 0 && box.name !== undefined && fits(`${box.name} ${box.about.type}`.toLowerCase());
+
+  function mark(box) {
+    const element = drawn(box);
+    if (element) element.classList.toggle("hit", isHit(box));
+    if (element) element.classList.toggle("holds-hit", hitsInside.has(box));
+  }
+
   function find() {
-    const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
-    const fits = (text) => words.every((word) => text.includes(word));
+    words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
     let count = 0;
     rows.forEach((row, i) => { row.hidden = !fits(texts[i]); count += !row.hidden; });
     byId("found").textContent = `${count} of ${rows.length}`;
-    boxes.forEach((box) => elements[box.i].classList.remove("hit", "holds-hit"));
-    if (!words.length) return;
-    for (const box of boxes) {
-      if (box.name === undefined || !fits(`${box.name} ${box.about.type}`.toLowerCase())) continue;
-      elements[box.i].classList.add("hit");
-      for (const block of above(box)) elements[block.i].classList.add("holds-hit");
-    }
+    hitsInside = new Set(boxes.filter(isHit).flatMap(above));
+    boxes.forEach(mark);
   }
 
   function sort(heading) {
