@@ -4,10 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-DOCS := README.md $(wildcard docs/*.md)
+DOCS := README.md $(wildcard docs/*.md docs/*/*.md)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak mutate lint format typecheck readme bench clean
+.PHONY: help demo test soak mutate lint format typecheck readme docs bench clean
 
 help:
 	@echo "make demo       the main job on a pretrained network: splice, prove, strip"
@@ -17,7 +17,8 @@ help:
 	@echo "make lint       ruff's checks and formatting (make format repairs)"
 	@echo "make typecheck  mypy --strict"
 	@echo "make readme     run the code blocks of README.md and docs/"
-	@echo "make bench      run the benchmarks"
+	@echo "make docs       build the site into site/, strictly"
+	@echo "make bench      measure performance beside the peers (docs/performance.md)"
 	@echo "make clean      delete .venv and everything else that was made here"
 
 demo: $(INSTALLED)
@@ -47,8 +48,16 @@ typecheck: $(INSTALLED)
 readme: $(INSTALLED)
 	@$(BIN)/python docs/run_blocks.py $(DOCS)
 
-bench: $(INSTALLED)
-	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+docs: $(INSTALLED)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+# One peer pins another torchmetrics than the tests use, so it is kept beside the environment; the rest is in dev.
+bench: $(INSTALLED) build/bench
+	@OMP_NUM_THREADS=1 PYTHONPATH=build/bench $(BIN)/python benchmarks/performance $(ARGS)
+
+build/bench:
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ \
+	  pytorch-adapt==0.0.83 pytorch-metric-learning==1.6.3
 
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \

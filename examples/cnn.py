@@ -2,7 +2,8 @@
 
 Digits with labels are the source, digits blended into photographs, without labels, the target. The same
 network is trained without and with a domain head; only what is printed at the end looks at target labels.
-examples/train_dann.py is the same with everything that a long run needs.
+The loop in its shortest form: so few steps from scratch adapt nothing yet. examples/train_dann.py has a
+pretrained backbone and everything else that a run in earnest needs.
 
     python examples/cnn.py
     python examples/cnn.py --seeds 0 1 2
