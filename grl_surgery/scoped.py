@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -130,7 +131,11 @@ def _host(base: nn.Module, cut: Cut, failure: TracingError) -> str:
     common = [path for path in around[0] if path and all(path in other for other in around)]
     spliced = [path for path in common if _is_graph(base.get_submodule(path))]
     reason: SurgeryError = failure
-    for path in spliced[:1] or reversed(common):
+    whole = _module_at(cut, paths)
+    innermost_first = spliced[:1] or common[::-1]
+    for path in sorted(innermost_first, key=lambda path: _takes_anything(base, path)):
+        if whole and _takes_anything(base, path):
+            break
         try:
             tree, made, _ = _inside(base, path)
             apply_cuts(tree, [*made, _from_inside(cut, path)])
@@ -140,13 +145,18 @@ def _host(base: nn.Module, cut: Cut, failure: TracingError) -> str:
             raise type(error)(f"inside {path!r}, where names start anew: {error}") from error
         else:
             return path
-    whole = _module_at(cut, paths)
     if whole:
         return whole  # its forward runs as it is, and what leaves it is reversed
     raise TracingError(
         f"nothing around {cut.at!s} can be traced: {reason}",
         example="after='block', the path of a module: what leaves a module needs no trace",
     ) from reason
+
+
+def _takes_anything(base: nn.Module, path: str) -> bool:
+    """Whether a forward has ``*args`` or ``**kwargs``: a graph has none, whatever is passed there."""
+    parameters = inspect.signature(base.get_submodule(path).forward).parameters.values()
+    return any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
 
 
 def _is_graph(module: nn.Module) -> bool:

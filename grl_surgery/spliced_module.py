@@ -143,16 +143,18 @@ class SplicedModule(fx.GraphModule):
         original.training = self.training
         spliced = self._spliced()
         children = {name: module for name, module in self._modules.items() if name not in spliced}
-        if original._modules != children:
+        if original._modules != children and not isinstance(original, torch.jit.ScriptModule):
             original._modules.clear()
             original._modules.update(children)
         return original
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        """What ``isinstance`` is told: a forward may ask for the class of a child that still runs as it was."""
-        traced = self.__dict__.get("_traced")
-        return type(self) if traced is None or "" in traced.opened else type(self.__dict__["_original"])
+        """What ``isinstance`` is told: a forward may ask for the class of a child that runs as it was."""
+        traced, original = self.__dict__.get("_traced"), self.__dict__.get("_original")
+        if traced is None or "" in traced.opened or isinstance(original, torch.jit.ScriptModule):
+            return type(self)
+        return type(original)
 
     def _spliced(self) -> dict[str, nn.Module]:
         """What was spliced in, by name."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import fx, nn
 
 from grl_surgery.sharing import share_copy
@@ -22,6 +23,8 @@ def trace_copy(model: nn.Module, opened: frozenset[str], mode: bool | None) -> n
     for path in opened:
         near.update(_children(path, near[path]))
     copy = share_copy(model, only=list(dict.fromkeys(near.values())))
+    # A scripted module is shared, not copied; it takes no part in a trace but as one call.
+    near = {path: module for path, module in near.items() if not isinstance(module, torch.jit.ScriptModule)}
     for path in near:
         module = copy.get_submodule(path)
         flag = module.__dict__.pop("training", None)

@@ -182,6 +182,71 @@ def test_a_module_that_was_spliced_inside_can_be_reversed_as_a_whole_as_well():
     assert gs.verify_flip(spliced, model, image()).ok
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize("traceable", [True, False])
+@pytest.mark.parametrize("point", ["first", "script"])
+def test_a_scripted_module_is_one_call_whatever_surrounds_it_and_stays_as_it_was(traceable, point):
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+            self.script = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+
+        def forward(self, x):
+            x = self.script(self.first(x))
+            return self.last(x) if traceable or x.sum() > -1e9 else x
+
+    model, x = Root(), torch.randn(5, 3)
+    keys = list(model.state_dict())
+    spliced = gs.insert_grl(model, after=point)
+    assert gs.verify_flip(spliced, model, x).ok
+    for network in (model, spliced, gs.strip(spliced)):
+        assert list(network.state_dict()) == keys
+    flipped = [
+        torch.equal(a, -b)
+        for a, b in zip(
+            torch.autograd.grad(spliced(x).sum(), spliced.script.parameters()),
+            torch.autograd.grad(model(x).sum(), model.script.parameters()),
+            strict=True,
+        )
+    ]
+    assert all(flipped) == (point == "script")
+
+
+def test_a_module_that_is_passed_anything_is_reversed_as_a_whole():
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x, **options):
+            return self.fc(x) * options.get("scale", 1.0)
+
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([Layer(), Layer()])
+
+        def forward(self, x, **options):
+            for layer in self.layers:
+                x = layer(x, **options)
+            return x
+
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = Encoder()
+
+        def forward(self, x):
+            return self.encoder(x, scale=2.0) if x.sum() > -1e9 else x
+
+    model, x = Root(), torch.randn(2, 4)
+    for point in ("encoder", "encoder.layers.0", "encoder.layers.1.fc"):
+        spliced = gs.insert_grl(model, after=point)
+        assert torch.equal(spliced(x), model(x))
+        assert gs.verify_flip(spliced, model, x).ok
+
+
 def test_what_cannot_be_traced_and_is_no_module_is_an_error_that_says_what_works():
     with pytest.raises(gs.TracingError, match=r"what leaves a module needs no trace"):
         gs.insert_grl(Detector(), after="proposals.sigmoid")

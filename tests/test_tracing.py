@@ -124,7 +124,7 @@ def test_a_value_computed_from_a_parameter_outside_the_graph_is_not_frozen():
             return self.fc(x) * (self.parameters_in_a_list[0] * 2)
 
     with pytest.raises(gs.TracingError, match="computed from a parameter would be frozen"):
-        gs.insert_grl(Outside(), after="fc")
+        gs.insert_grl(Outside(), before="fc")
 
 
 def test_tracing_leaves_torch_as_it_was():
