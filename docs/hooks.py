@@ -102,6 +102,11 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     return _FENCE.sub(r"\1", _LINK.sub(lead, markdown))
 
 
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    """Docstrings name what they refer to in the manner of Sphinx, ``:func:`insert_grl```: keep the name."""
+    return re.sub(r":(?:func|class|meth|data|mod):(?=<code>)", "", html).replace("<code>~", "<code>")
+
+
 def _example_page(source: str, code: str) -> str:
     fence = "````"
     return f'# {source.removeprefix("examples/")}\n\n{fence}python title="{source}"\n{code}\n{fence}\n'

@@ -11,7 +11,9 @@ import tempfile
 from pathlib import Path
 
 import onnxruntime
+import timm
 import torch
+from torch import nn
 
 import grl_surgery as gs
 from grl_surgery.demo import load_packaged_efficientnet_lite0, photographs
@@ -20,17 +22,16 @@ from grl_surgery.demo import load_packaged_efficientnet_lite0, photographs
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", help="where to leave the files; a temporary folder by default")
+    parser.add_argument("--network", help="a network of timm with random weights, for a quick look")
     args = parser.parse_args(arguments)
-    if args.folder is None:
-        with tempfile.TemporaryDirectory() as folder:
-            write_and_compare(Path(folder))
-    else:
-        Path(args.folder).mkdir(exist_ok=True)
-        write_and_compare(Path(args.folder))
+    network = timm.create_model(args.network) if args.network else load_packaged_efficientnet_lite0()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(args.folder or temporary)
+        folder.mkdir(exist_ok=True)
+        write_and_compare(network.eval(), folder)
 
 
-def write_and_compare(folder: Path) -> None:
-    model = load_packaged_efficientnet_lite0().eval()
+def write_and_compare(model: nn.Module, folder: Path) -> None:
     images = torch.stack(list(photographs(model).values()))
     expected = model(images).detach()
     m = gs.attach_domain_head(model, after="global_pool", hidden=64)
