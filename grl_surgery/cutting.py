@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -66,7 +66,7 @@ def apply_cuts(
         traced = trace(model, modules_to_open(model, cuts) | set(opened), given=given, lenient=lenient)
     names = dict.fromkeys(traced.names())
     for cut in cuts:
-        if sum([_cut(model, graph, cut, names) for graph in traced.graphs.values()]) == 0:
+        if _cut_each(model, traced.graphs.values(), cut, names) == 0:
             raise SurgeryError(
                 f"nothing uses the value {cut}, so a reversal there would have no effect",
                 choices=near_names(str(cut.at), names),
@@ -78,6 +78,19 @@ def apply_cuts(
         _erase_boundaries(graph)
         graph.lint()
     return traced
+
+
+def _cut_each(model: nn.Module, graphs: Iterable[fx.Graph], cut: Cut, names: Collection[str]) -> int:
+    """Make one cut in the graphs of all modes; an edge need not be there in each."""
+    changed, missing = 0, None
+    for graph in graphs:
+        try:
+            changed += _cut(model, graph, cut, names)
+        except PointNotFoundError as error:
+            missing = error
+    if missing is not None and not changed:
+        raise missing
+    return changed
 
 
 def overwrites_input(module: nn.Module) -> bool:
@@ -145,7 +158,7 @@ def _find(model: nn.Module, name: str, names: Collection[str]) -> str:
 
 
 def _replace(graph: fx.Graph, nodes: Sequence[fx.Node], module: str) -> int:
-    """Call the module where the network calls something else: on its value, and its coefficient if computed."""
+    """Call the module where the network calls something else: on its value, and a computed coefficient."""
     for node in nodes:
         values = [arg for arg in node.args if isinstance(arg, fx.Node)]
         with graph.inserting_before(node):

@@ -56,7 +56,7 @@ def _select(
         return [part.name]
     if isinstance(part, str) and part.startswith(_FEATURE):
         return [_by_feature(model, part)]
-    if isinstance(part, str):
+    if isinstance(part, str) and part:
         return _by_pattern(model, part, paths) if points.pattern(part) else [canonical(part, paths)]
     if inspect.isclass(part) and issubclass(part, nn.Module):
         return _by_class(model, part, paths)
@@ -110,7 +110,8 @@ def _by_class(model: nn.Module, kind: type[nn.Module], paths: Mapping[str, str])
         present = list(dict.fromkeys(type(module).__name__ for module in model.modules()))
         raise PointNotFoundError(
             f"there is no {kind.__name__} in this {type(model).__name__}",
-            choices=points.near_names(kind.__name__, present) or present[:5],
+            choices=points.near_names(kind.__name__, present) or present[1:6],
+            example="after='layer3', or a class that is there: after=torch.nn.Conv2d",
         )
     opened = {parent for path in found for parent in points.enclosing(path, paths)}
     names = trace(model, opened, lenient=True).names()
@@ -137,13 +138,20 @@ def canonical(name: str, paths: Mapping[str, str]) -> str:
     return name
 
 
+def _is_flat(selector: Any) -> bool:
+    """Whether it lists names where it should list edges."""
+    return isinstance(selector, (tuple, list)) and all(
+        isinstance(end, str) and " -> " not in end for end in selector
+    )
+
+
 def select_edges(model: nn.Module, selector: Any) -> list[Edge]:
     """The edges that a selector stands for: one pair of names, an Edge, a string, or a list of these."""
     paths = module_paths(model)
     single = isinstance(selector, (str, Edge)) or (
         isinstance(selector, tuple) and len(selector) == 2 and all(isinstance(end, str) for end in selector)
     )
-    if not single and (not isinstance(selector, Iterable) or not selector):
+    if not single and (not isinstance(selector, Iterable) or not selector or _is_flat(selector)):
         points.parse_edge(selector)
     edges = (points.parse_edge(edge) for edge in ([selector] if single else selector))
     return list(

@@ -172,7 +172,15 @@ def reversals(model: nn.Module) -> dict[str, GradientReversal]:
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
         >>> reversals(insert_grl(net, after=["1", "0"]))
         {'grl_0': GradientReversal(coeff=1.0), 'grl_1': GradientReversal(coeff=1.0)}
+
+    Raises:
+        SurgeryError: It is not a network.
     """
+    if not isinstance(model, nn.Module):
+        raise SurgeryError(
+            f"reversals works on an nn.Module; got {type(model).__name__}: {str(model)[:60]!r}",
+            example="reversals(insert_grl(model, after='layer3'))",
+        )
     found = {path: m for path, m in model.named_modules() if isinstance(m, GradientReversal)}
     nodes = model.graph.nodes if isinstance(model, SplicedModule) else ()
     order = {str(node.target): place for place, node in reversed(list(enumerate(nodes)))}

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from grl_surgery.errors import SurgeryError
 from grl_surgery.flip_graph import flip_graph
@@ -70,7 +71,13 @@ def verify_flip(
             f"nothing says what inputs {type(plain).__name__} takes",
             example="verify_flip(m, reference=model, example_inputs=(torch.randn(2, 3, 224, 224),))",
         )
+    if mode not in ("train", "eval", None):
+        raise SurgeryError(
+            f"mode={mode!r} is none of 'train', 'eval' and None for the flags as they are",
+            example="mode='eval'",
+        )
     _check_same_network(model, plain)
+    _check_values(model)
     with repeatable():
         return _Verification(model, plain, inputs, mode, seed).report()
 
@@ -94,6 +101,21 @@ def _check_same_network(model: nn.Module, reference: nn.Module) -> None:
             f"the reference is another network: the model has no parameter {missing[0]!r}",
             example="verify_flip(insert_grl(model, after='layer3'), reference=model)",
         )
+
+
+def _check_values(model: nn.Module) -> None:
+    """Refuse what has no numbers to compare."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise SurgeryError(
+                f"{name!r} has no shape yet: its lazy module has not run",
+                example="model(inputs), then verify",
+            )
+        if tensor.device.type == "meta":
+            raise SurgeryError(
+                f"{name!r} is on the meta device, where there are no numbers to compare",
+                example="model.to_empty(device='cpu'), then load_state_dict",
+            )
 
 
 class _Verification:
@@ -140,10 +162,23 @@ class _Verification:
         double = self.experiment.in_double()
         return double.run(self.oracle, self.heads), double.run(self.spliced, self.heads)
 
+    def _check_runs(self) -> None:
+        """Say that it was the reference that failed, if it does."""
+        try:
+            _ = self.expected
+        except (TypeError, ValueError, RuntimeError) as error:
+            if isinstance(error, SurgeryError):
+                raise
+            raise SurgeryError(
+                f"{type(self.plain).__name__} itself fails on these example inputs: {error}",
+                example="example_inputs=(x,), with an x for which model(x) works",
+            ) from error
+
     # -- the report
 
     def report(self) -> FlipReport:
         """Run everything, compare, and write it down."""
+        self._check_runs()
         with watching(reversals(self.spliced)) as passed:
             actual = self.experiment.run(self.spliced, self.heads)
         rows = [row for name in ("output", *self.heads) for row in self._rows(name, actual.gradients[name])]

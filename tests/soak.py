@@ -1,4 +1,4 @@
-"""Many more random networks than the test suite has time for: ``make soak``, or ``python tests/soak.py 20000``.
+"""Many more random networks than the test suite has time for: ``make soak``.
 
 Prints what became of them, and every failure with the network's source; exits 1 if there was one.
 """
@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from random_networks import Block, source_of
 from test_random_networks import Case, cases, check
 
-CHUNK = 500
+CHUNK = 250
 
 
 def soak(start: int) -> tuple[Counter[str], list[str]]:

@@ -456,7 +456,7 @@ def test_a_full_disk_leaves_the_previous_file_whole(tmp_path: Path, monkeypatch:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(exporting, "write_checkpoint", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(gs.ExportError, match="No space left"):
         gs.export(m, path)
     assert contents(path) == before
 

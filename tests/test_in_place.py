@@ -212,3 +212,21 @@ def test_an_argument_is_called_the_same_however_deep_the_trace_goes(x):
         edge.arg for depth in (1, 2) for edge in gs.graph(model, depth).edges if edge.target == "block"
     }
     assert arguments == {"0[left]", "0[right]"}
+
+
+def test_an_edge_that_one_mode_lacks_is_cut_in_the_other(x):
+    class Chooses(Layers):
+        def forward(self, x):
+            first, second = torch.tanh(x), torch.sigmoid(x * 2)
+            return self.b(self.a(first if self.training else second))
+
+    model = Chooses()
+    spliced = gs.insert_grl(model, edge=("tanh", "a"))
+    leaf = x.clone().requires_grad_()
+    for training, sign in ((True, -1), (False, 1)):
+        plain, found = (
+            torch.autograd.grad(m.train(training)(leaf).sum(), leaf)[0] for m in (model, spliced)
+        )
+        assert torch.equal(found, sign * plain)
+    with pytest.raises(gs.PointNotFoundError, match="'b' does not use the value of 'tanh'"):
+        gs.insert_grl(model, edge=("tanh", "b"))

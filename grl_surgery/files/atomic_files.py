@@ -33,18 +33,18 @@ def write_file(path: Path, write: Step, check: Step) -> None:
         check: Reads it back, and raises if it is not good.
 
     Raises:
-        ExportError: The folder does not exist, or a folder has that name.
+        ExportError: The folder does not exist, a folder has that name, or the system refuses to write.
     """
     _check_parent(path)
     if path.is_dir():
         raise ExportError(f"{path} is a folder, and a file is to be written", example=f"{path}/model.pt2")
-    with _temporary_folder(path) as folder:
+    with _said_where(path), _temporary_folder(path) as folder:
         draft = folder / path.name
         write(draft)
         _to_disk(draft)
         check(draft)
         os.replace(draft, path)
-    _to_disk(path.parent)
+        _to_disk(path.parent)
 
 
 def write_folder(path: Path, write: Step, check: Step, is_ours: Callable[[Path], bool]) -> None:
@@ -60,14 +60,14 @@ def write_folder(path: Path, write: Step, check: Step, is_ours: Callable[[Path],
         is_ours: Whether an existing folder may be replaced.
 
     Raises:
-        ExportError: Something else has that name.
+        ExportError: Something else has that name, or the system refuses to write.
     """
     _check_parent(path)
     if path.exists() and not (path.is_dir() and (is_ours(path) or not any(path.iterdir()))):
         raise ExportError(
             f"{path} exists and was not written by export, so it is not replaced", example=f"{path}-spliced"
         )
-    with _temporary_folder(path) as folder:
+    with _said_where(path), _temporary_folder(path) as folder:
         draft = folder / path.name
         draft.mkdir()
         write(draft)
@@ -75,7 +75,7 @@ def write_folder(path: Path, write: Step, check: Step, is_ours: Callable[[Path],
             _to_disk(file)
         check(draft)
         _exchange(draft, path)
-    _to_disk(path.parent)
+        _to_disk(path.parent)
 
 
 def _exchange(draft: Path, path: Path) -> None:
@@ -99,7 +99,22 @@ def _exchange(draft: Path, path: Path) -> None:
 
 def _check_parent(path: Path) -> None:
     if not path.parent.is_dir():
-        raise ExportError(f"there is no folder {str(path.parent)!r} to write {path.name!r} into")
+        raise ExportError(
+            f"there is no folder {str(path.parent)!r} to write {path.name!r} into",
+            example=f"export(m, {path.name!r}), or make the folder first",
+        )
+
+
+@contextlib.contextmanager
+def _said_where(path: Path) -> Iterator[None]:
+    """Say of what the system refuses (a full disk, a read-only folder) what it means for this file."""
+    try:
+        yield
+    except OSError as error:
+        raise ExportError(
+            f"{path} cannot be written: {error.strerror or error}; what was there before is as it was",
+            example=f"export(m, {os.path.join(tempfile.gettempdir(), path.name)!r})",
+        ) from error
 
 
 @contextlib.contextmanager
