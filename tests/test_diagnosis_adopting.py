@@ -277,7 +277,8 @@ def test_a_warm_start_becomes_the_same_numbers_by_a_schedule(settings: dict[str,
 def test_a_warm_start_that_the_training_loop_steps_is_one_too() -> None:
     (row,) = adopt_unsurveyed(Network(WarmStart(auto_step=False)), IMAGES).adopted
     assert "warm_start(alpha=1.0, max_iters=100.0, lo=0.0, hi=1.0)" in repr(row.schedule)
-    assert "gs.CoefficientScheduler(model, gs.schedules.warm_start(" in row.notes[0]
+    assert row.notes[0] == "it has no step() any more: set_coeff(...)"
+    assert "gs.CoefficientScheduler(model, gs.schedules.warm_start(" in row.notes[1]
 
 
 class Linearly(WarmStart):

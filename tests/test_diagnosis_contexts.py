@@ -1,4 +1,4 @@
-"""diagnose: where a reversal is alive, lost, frozen or an error, against what other tests of contexts know."""
+"""diagnose: where a reversal is alive, lost, frozen or an error, against what is known of it there."""
 
 from __future__ import annotations
 

@@ -306,11 +306,21 @@ def _adopted(site: Site, home: Home | None, name: str, schedule: Schedule | None
         notes.append(f"{home} is not read any more: set reversals(model)[{name!r}].set_coeff(...)")
     if home is not None and home.kind == "parameter" and follows:
         notes.append(f"{home} is no parameter any more; its key in the state_dict is kept")
+    methods = _methods(site)
+    if methods:
+        notes.append(f"it has no {', '.join(methods)} any more: set_coeff(...)")
     if schedule is not None:
         notes.append(
             f"it does not count steps any more: gs.CoefficientScheduler(model, {_call(schedule)}, ...)"
         )
     return Adopted(site.finding.where, name, coeff, str(home) if follows else None, schedule, tuple(notes))
+
+
+def _methods(site: Site) -> list[str]:
+    """What the old layer could be asked to do besides its forward."""
+    own = site.passing.own if site.passing and site.finding.kind == "module" else object
+    public = (name for name, value in vars(own).items() if callable(value) and name[0] != "_")
+    return [f"{name}()" for name in public if name not in ("forward", "backward", "extra_repr")]
 
 
 def _call(schedule: Schedule) -> str:

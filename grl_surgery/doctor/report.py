@@ -68,7 +68,7 @@ class Diagnosis(_Printed):
     def verdict(self) -> str:
         """One sentence."""
         alive = sum(row.ok for row in self.findings)
-        others = _counted(len(self.findings) - alive, "place") + " that only looks like one"
+        others = _counted(len(self.findings) - alive, "place") + " that only looks like a reversal"
         if not self.findings:
             return "nothing in this network reverses a gradient, or looks as if it did"
         if not alive:
