@@ -59,7 +59,8 @@ def example_pages() -> dict[str, str]:
 
 
 def on_config(config: Any) -> Any:
-    """Put pages into the navigation that nobody has put there."""
+    """Leave out of the navigation what is not written yet, and put into it what nobody has put there."""
+    config.nav = _existing(config.nav)
     placed = set(_leaves(config.nav))
     found = (path.relative_to(DOCS).as_posix() for path in sorted(DOCS.rglob("*.md")))
     more = [page for page in found if page not in placed]
@@ -110,6 +111,17 @@ def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
 def _example_page(source: str, code: str) -> str:
     fence = "````"
     return f'# {source.removeprefix("examples/")}\n\n{fence}python title="{source}"\n{code}\n{fence}\n'
+
+
+def _existing(nav: Iterable[Any]) -> list[Any]:
+    made = {*PAGES.values(), *example_pages().values()}
+    kept: list[Any] = []
+    for item in nav:
+        if isinstance(item, dict):
+            kept.append({title: _existing(value) for title, value in item.items()})
+        elif item in made or (DOCS / item).exists():
+            kept.append(item)
+    return kept
 
 
 def _leaves(nav: Iterable[Any]) -> Iterator[str]:
