@@ -148,13 +148,22 @@ class SplicedModule(fx.GraphModule):
             original._modules.update(children)
         return original
 
-    @property  # type: ignore[misc]
+    @property
     def __class__(self) -> type:
         """What ``isinstance`` is told: a forward may ask for the class of a child that runs as it was."""
         traced, original = self.__dict__.get("_traced"), self.__dict__.get("_original")
         if traced is None or "" in traced.opened or isinstance(original, torch.jit.ScriptModule):
             return type(self)
         return type(original)
+
+    @__class__.setter
+    def __class__(self, kind: type) -> None:
+        """FSDP gives a module a class that also inherits from the one that it was told."""
+        told = self.__class__
+        bases = tuple(type(self) if base is told else base for base in kind.__bases__)
+        if told is not type(self) and told in kind.__bases__:
+            kind = type(kind.__name__, bases, {k: v for k, v in kind.__dict__.items() if k not in _PER_CLASS})
+        object.__dict__["__class__"].__set__(self, kind)
 
     def _spliced(self) -> dict[str, nn.Module]:
         """What was spliced in, by name."""
@@ -265,6 +274,7 @@ _SHARED = (
 # What GraphModule looks up on itself, and what is kept here although the original has it as well.
 _OF_THE_GRAPH = frozenset({"_graphs", "_traced", "_original", "cuts", "whole", "_graph", "_code"})
 _OWN = frozenset({*_SHARED, "_modules", "training"})
+_PER_CLASS = frozenset({"__dict__", "__weakref__"})
 # What a copy makes anew.
 _REBUILT = frozenset(
     {*_SHARED, *fx.GraphModule(nn.Module(), fx.Graph()).__dict__, "_original", "_graphs", "_traced", "cuts"}

@@ -209,7 +209,9 @@ def test_the_networks_know_nothing_of_a_reversal(kind: str, train_dann: ModuleTy
     assert train_dann.gs.reversals(train_dann.BACKBONES[kind]()) == {}
 
 
-@pytest.mark.parametrize(("parallel", "wrapper"), [("ddp", "DistributedDataParallel")])
+@pytest.mark.parametrize(
+    ("parallel", "wrapper"), [("ddp", "DistributedDataParallel"), ("fsdp", "FSDPPaperNetwork")]
+)
 def test_two_processes_train_under_torchrun(parallel: str, wrapper: str, tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     path = tmp_path / "run.json"

@@ -650,3 +650,46 @@ def test_an_eager_hook_at_the_same_module_gives_the_same_gradients(
     for name, gradient in expected.items():
         same = gradient is found[name] if gradient is None else torch.equal(gradient, found[name])
         assert same, name
+
+
+# --- Heads: where each network is usually given one; the parameters up to there flip for the domain loss
+
+HEADS = {
+    "timm/resnet18": "global_pool",
+    "timm/resnet50": "layer3",
+    "timm/convnext_atto": "stages.2",
+    "timm/vit_tiny_patch16_224": "blocks.5",
+    "timm/swin_tiny_patch4_window7_224": "layers.2",
+    "timm/efficientnet_b0": "blocks.4",
+    "timm/mobilenetv3_small_100": "blocks.3",
+    "timm/densenet121": "features.denseblock3",
+    "timm/regnetx_002": "s3",
+    "timm/mixer_s16_224": "blocks.4",
+    "torchvision/resnet18": "layer4",
+    "torchvision/vgg11_bn": "features",
+    "torchvision/googlenet": "inception4c",
+    "torchvision/inception_v3": "Mixed_6b",
+    "torchvision/vit_b_16": "encoder.layers.encoder_layer_3",
+    "torchvision/deeplabv3_mobilenet_v3_large": "backbone[out]",
+}
+
+
+@pytest.mark.filterwarnings("ignore:at '")
+@pytest.mark.parametrize("subject", list(NETWORKS), indirect=True)
+def test_with_a_head_each_objective_has_its_own_gradients(subject: Subject) -> None:
+    (name,) = (name for name, network in NETWORKS.items() if network is subject.network)
+    place = HEADS[name.partition(" ")[0]]
+    model = subject.in_mode(subject.network.modes[-1])
+    m = gs.attach_domain_head(model, after=place, hidden=16, example_inputs=(subject.images,))
+    report = gs.verify_flip(m, reference=model, example_inputs=(subject.images,))
+    assert report.ok, str(report)
+    point = place.partition("[")[0]
+    task = {row.name: row.measured for row in report.parameters if row.objective == "output"}
+    domain = {row.name: row.measured for row in report.parameters if row.objective == "domain"}
+    assert "flipped" not in task.values()
+    flipped = [name for name, measured in domain.items() if measured == "flipped"]
+    assert any(name.startswith(point) for name in flipped) or point == "global_pool"
+    assert not any(name.startswith("domain.") for name in flipped)
+    kept = [measured for name, measured in domain.items() if name.startswith("domain.")]
+    assert set(kept) <= {"unchanged", "no signal"}
+    assert "unchanged" in kept

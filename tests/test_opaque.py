@@ -132,6 +132,14 @@ def test_the_module_keeps_its_attributes_methods_state_and_children():
         _ = spliced.proposals.nothing_like_it
 
 
+def test_a_class_that_a_wrapper_derives_keeps_the_reversal():
+    spliced = gs.insert_grl(Detector(), after="proposals")
+    part = spliced.proposals
+    part.__class__ = type("Sharded", (part.__class__,), {"shards": 2})  # as fully_shard does
+    assert (part.shards, isinstance(part, Proposals)) == (2, True)
+    assert gs.verify_flip(spliced, example_inputs=(images(),)).ok
+
+
 def test_a_mode_set_on_one_module_reaches_its_own_forward():
     spliced = gs.attach_domain_head(Detector(), after="body.fc", hidden=32, example_inputs=(images(),))
     spliced.training = False
