@@ -96,7 +96,7 @@ def test_pytest_finds_the_fixture_in_a_project_that_uses_it(tmp_path: Path) -> N
         "def test_alive(assert_flips):\n"
         "    assert_flips(torch.nn.Linear(2, 2), torch.ones(2, 2))\n"
     )
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "grl_surgery.pytest_plugin", str(tmp_path)]
+    command = [sys.executable, "-m", "pytest", "-q", str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert ended.returncode == 1
     assert "FlipError: nothing in this network reverses a gradient" in ended.stdout
