@@ -5,17 +5,27 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-__all__ = ["random_state_kept"]
+__all__ = ["ONE_AT_A_TIME", "random_state_kept"]
+
+# The generators belong to the process, and torch.fx patches torch.nn.Module for the process while it traces:
+# two threads that verify, trace or export at a time would see each other.
+ONE_AT_A_TIME = threading.RLock()
 
 
 @contextlib.contextmanager
 def random_state_kept() -> Iterator[Callable[[], bool]]:
     """Put every generator on the host back; yields a function that says whether one has moved."""
+    with ONE_AT_A_TIME:
+        yield from _kept()
+
+
+def _kept() -> Iterator[Callable[[], bool]]:
     numpy: Any = sys.modules.get("numpy")
     torch_state, python_state = torch.random.get_rng_state(), random.getstate()
     numpy_state = numpy and numpy.random.get_state(legacy=False)

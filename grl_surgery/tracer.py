@@ -8,6 +8,7 @@ import math
 import operator
 import os
 import sys
+import threading
 from collections.abc import Callable, Collection
 from types import FrameType, FunctionType, ModuleType
 from typing import Any
@@ -123,6 +124,7 @@ class Tracer(fx.Tracer):
         self.inside = [""]
         self.calls = 0
         self.settings = _settings()
+        self.thread = threading.get_ident()
 
     @functools.cached_property
     def near(self) -> dict[int, str]:
@@ -158,6 +160,8 @@ class Tracer(fx.Tracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """One node for a call; for an opened module its forward, between marks."""
+        if threading.get_ident() != self.thread:  # torch.fx patches torch for every thread
+            return forward(*args, **kwargs)
         path = self.path_of_module(m)
         if path not in self.opened:
             return super().call_module(m, forward, args, kwargs)
@@ -220,6 +224,8 @@ class Tracer(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         """A proxy for each parameter and buffer; a mode flag as it is, but noticed."""
+        if threading.get_ident() != self.thread:
+            return attr_val
         if isinstance(attr_val, Flag):
             self.steering.add(attr_val.path)
             return attr_val.value

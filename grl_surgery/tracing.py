@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import threading
 import traceback
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -185,10 +184,6 @@ def is_building_block(module: nn.Module) -> bool:
 # ------------------------------------------------------------------------------------------ one trace
 
 
-# torch.fx patches torch.nn.Module while it traces, so two traces at a time would see each other.
-_ONE_AT_A_TIME = threading.RLock()
-
-
 def _trace_once(
     model: nn.Module,
     opened: frozenset[str],
@@ -204,7 +199,7 @@ def _trace_once(
     function that a forward calls cannot be traced, again with that function as one operation. Those of
     ``math`` can never be; wrapping them all costs more than a small trace, so it waits until one is called.
     """
-    with _ONE_AT_A_TIME, random_state_kept() as moved:
+    with random_state_kept() as moved:
         tracer = Tracer(model, opened, given, constants, numbers_fixed, whole, moved)
         try:
             with functions_kept(tracer):

@@ -1,0 +1,220 @@
+"""Break the library in small ways, one at a time, and see whether the tests notice: ``make mutate``.
+
+Each mutant is a copy of the package in a temporary folder with one text replaced. It is *killed* if a test
+fails, and it *survives* if none does. The library itself is never touched. With ``--write`` the result goes
+into docs/robustness.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import platform
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch  # imported once, before the forks
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "robustness.md"
+MARK = "<!-- mutants -->"
+
+SURGERY = ("test_in_place.py", "test_splicing.py", "test_sharing.py", "test_points.py", "test_tracing.py")
+PROOF = ("test_verification.py", "test_broken_surgeries.py")
+REVERSAL = ("test_reversal.py",)
+FILES = ("test_bad_input.py", "test_exporting_hostile.py")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One breakage: in ``file``, the first ``before`` becomes ``after``; ``tests`` should notice."""
+
+    file: str
+    before: str
+    after: str
+    tests: tuple[str, ...] = SURGERY
+
+
+MUTANTS = [
+    Mutant("reversal.py", "factor = -inputs[1]", "factor = inputs[1]", REVERSAL),
+    Mutant(
+        "reversal.py",
+        "return scaled if scaled.dtype == grad.dtype else scaled.to(grad.dtype)",
+        "return scaled",
+        REVERSAL,
+    ),
+    Mutant("reversal.py", "scaled = grad * factor", "scaled = grad / factor", REVERSAL),
+    Mutant("reversal.py", 'return "view"', 'return "detached"', REVERSAL),
+    Mutant(
+        "reversal.py", "0.0 <= cast(float, coeff) < math.inf", "0.0 < cast(float, coeff) < math.inf", REVERSAL
+    ),
+    Mutant("reversal.py", "0.0 <= cast(float, coeff) < math.inf", "0.0 <= cast(float, coeff)", REVERSAL),
+    Mutant("reversal.py", "persistent=False", "persistent=True", REVERSAL),
+    Mutant("reversal.py", "coeff.dim() != 1 or x.dim() == 0 or ", "", REVERSAL),
+    Mutant("reversal.py", "if not coeff.is_floating_point():", "if False:", REVERSAL),
+    Mutant("reversal.py", "    return x.clone()\n", "    return x\n", REVERSAL),
+    Mutant("cutting.py", "for user in users:", "for user in users[1:]:"),
+    Mutant("cutting.py", "for user in users:", "for user in users[:1]:"),
+    Mutant("cutting.py", "return len(users)", "return 1"),
+    Mutant("cutting.py", "return len(slots)", "return 1"),
+    Mutant("cutting.py", "if place != arg:", "if False:"),
+    Mutant("cutting.py", "if source not in calls:", "if True:"),
+    Mutant("cutting.py", "if len(found) > 1:", "if False:"),
+    Mutant("cutting.py", "if nodes and not found:", "if False:"),
+    Mutant("cutting.py", "if missing is not None and not changed:", "if missing is not None:"),
+    Mutant("cutting.py", "if is_size(node):", "if False:"),
+    Mutant("cutting.py", "        refuse_lost_writes(model, graph, reversals, overwrites_input)\n", ""),
+    Mutant("cutting.py", "        _erase_boundaries(graph)\n", ""),
+    Mutant("cutting.py", "if user.target is operator.getitem and user.args[0] is node]", "]"),
+    Mutant("cutting.py", 'while node.op == "placeholder" and node.next.op == "placeholder":', "while False:"),
+    Mutant("in_place.py", "if places[user] > places[node]:", "if True:"),
+    Mutant("in_place.py", "if places[user] > places[node]:", "if places[user] > places[node] + 1:"),
+    Mutant("in_place.py", "in_place_operator or (name", "(name"),
+    Mutant("in_place.py", 'node.kwargs.get("inplace") is True or positional is True', "positional is True"),
+    Mutant("in_place.py", 'getattr(held, "inplace", False) is True', "False"),
+    Mutant("in_place.py", "(written in side) != (read in side)", "False"),
+    Mutant("in_place.py", "(un)?flatten", "unflatten", SURGERY),
+    Mutant("tracer.py", "return name[1:]", "return name"),
+    Mutant(
+        "tracer.py", '            raise RuntimeError(f"part of it runs', '            print(f"part of it runs'
+    ),
+    Mutant("tracer.py", "        _refuse_hooks(m, path)\n", ""),
+    Mutant("tracer.py", "self.steering.add(attr_val.path)", "pass"),
+    Mutant("tracer.py", "        self.refuse_randomness()\n        self.inside", "        self.inside"),
+    Mutant("tracer.py", "_refuse_assignment(self.root.get_submodule(path), path)", "pass"),
+    Mutant("tracer.py", 'boundary="out" if arg is None else "in"', 'boundary="in"'),
+    Mutant("tracing.py", "            follow(model, graph)\n", ""),
+    Mutant("tracing.py", "for mode in (True, False, None) if mode in variants", "for mode in variants"),
+    Mutant("tracing.py", "for mode in (True, False) if read else ():", "for mode in () if read else ():"),
+    Mutant("points.py", "seen[base] += 1", "seen[base] += 2"),
+    Mutant("points.py", "total[base] == 1", "total[base] >= 1"),
+    Mutant("points.py", 'return path.replace("#", "##")', "return path"),
+    Mutant("points.py", "int(alias[2]) + 1", "int(alias[2])"),
+    Mutant("points.py", '"*": r"[^.]*"', '"*": r".*"'),
+    Mutant("points.py", "fullmatch(name) or", "match(name) or"),
+    Mutant("trace_copy.py", " and id(module) not in listed", ""),
+    Mutant("trace_copy.py", "flag if mode is None else mode", "flag"),
+    Mutant("generators.py", "        torch.random.set_rng_state(torch_state)\n", ""),
+    Mutant("generators.py", "        random.setstate(python_state)\n", ""),
+    Mutant("sharing.py", "attributes[key] = none.copy()", "attributes[key] = none"),
+    Mutant("sharing.py", "copied = copies[id(value)] = value.copy()", "copied = value"),
+    Mutant("sharing.py", "twin.module = weakref.ref(copies.get(id(module), module))", "pass"),
+    Mutant("spliced_module.py", "        self._original.train(mode)\n", ""),
+    Mutant("spliced_module.py", "persistent=False", "persistent=True"),
+    Mutant(
+        "spliced_module.py",
+        "            variants[flags] = kind.forward\n",
+        "            variants[flags] = kind.forward\n            break\n",
+    ),
+    Mutant("splicing.py", "GradientReversal(layer.coeff.clone())", "GradientReversal()"),
+    Mutant("selection.py", "if isinstance(part, str) and part:", "if isinstance(part, str):", FILES),
+    Mutant("oracle.py", "{-sign if spliced else sign for sign in signs}", "set(signs)", PROOF),
+    Mutant("oracle.py", "y.register_hook(torch.neg)", "y.register_hook(lambda g: g)", PROOF),
+    Mutant("measurement.py", "torch.ones_like(buffers[name])", "buffers[name]", PROOF),
+    Mutant("measurement.py", "if value.numel() and not value.any():", "if False:", PROOF),
+    Mutant("verification.py", "torch.equal(after, -before)", "torch.equal(after, before)", PROOF),
+    Mutant("verification.py", 'ok = measured in (words, "no signal")', "ok = True", PROOF),
+    Mutant("verification.py", "_ANOTHER_COEFF = 0.375", "_ANOTHER_COEFF = 1.0", PROOF),
+    Mutant(
+        "files/atomic_files.py",
+        "        os.replace(draft, path)\n",
+        "        shutil.copy(draft, path)\n",
+        FILES,
+    ),
+    Mutant("files/atomic_files.py", "        check(draft)\n", "", FILES),
+]
+
+
+def run(mutant: Mutant | None, folder: Path, limit: int) -> tuple[str, float]:
+    """Killed, survived, or that there is nothing to mutate; and the seconds that it took."""
+    if mutant is not None:
+        file = folder / "grl_surgery" / mutant.file
+        text = file.read_text(encoding="utf-8")
+        if mutant.before not in text:
+            return "not found", 0.0
+        file.write_text(text.replace(mutant.before, mutant.after, 1), encoding="utf-8")
+    begun = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        _test(folder, mutant.tests if mutant else SURGERY, limit)
+    _, status = os.waitpid(child, 0)
+    outcome = "survived" if status == 0 else "timed out" if os.WIFSIGNALED(status) else "killed"
+    return outcome, time.monotonic() - begun
+
+
+def _test(folder: Path, tests: tuple[str, ...], limit: int) -> None:
+    """In a child process: the tests against the package in ``folder``."""
+    signal.alarm(limit)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    os.chdir(folder)
+    sys.path[:0] = [str(folder), str(folder / "tests")]
+    import pytest
+
+    names = [str(folder / "tests" / name) for name in tests]
+    status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *names])
+    os._exit(int(status))
+
+
+def fresh_copy(folder: Path) -> None:
+    """The package and its tests, as they are."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    ignore = shutil.ignore_patterns("__pycache__", ".hypothesis")
+    for name in ("grl_surgery", "tests", "docs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, folder / name)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="mutants of files whose name holds this")
+    parser.add_argument("--limit", type=int, default=300, help="seconds for one mutant")
+    parser.add_argument("--minutes", type=float, default=24 * 60, help="start no new mutant after this time")
+    parser.add_argument("--write", action="store_true", help="write the table into docs/robustness.md")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    begun, rows = time.monotonic(), []
+    with tempfile.TemporaryDirectory(prefix="mutants-") as base:
+        folder = Path(base, "copy")
+        for mutant in MUTANTS:
+            if options.only in mutant.file and (time.monotonic() - begun) / 60 < options.minutes:
+                fresh_copy(folder)
+                outcome, seconds = run(mutant, folder, options.limit)
+                rows.append((mutant, outcome))
+                change = f"{mutant.before.strip()} -> {mutant.after.strip() or '(nothing)'}"
+                print(f"{outcome:9}  {seconds:5.0f} s  {mutant.file}: {change}", flush=True)
+    killed = sum(outcome == "killed" for _, outcome in rows)
+    print(f"{killed} of {len(rows)} killed")
+    if options.write:
+        _write(rows)
+    return 0 if killed == len(rows) else 1
+
+
+def _write(rows: list[tuple[Mutant, str]]) -> None:
+    killed = sum(outcome == "killed" for _, outcome in rows)
+    lines = [
+        f"{killed} of {len(rows)} killed, on {datetime.date.today()} with Python {platform.python_version()} and "
+        f"torch {torch.__version__.partition('+')[0]}.",
+        "",
+        "| file | from | to | outcome |",
+        "|---|---|---|---|",
+    ]
+    for mutant, outcome in rows:
+        texts = (" ".join(text.split()).replace("|", "\\|") for text in (mutant.before, mutant.after))
+        before, after = (f"`{text}`" if text else "(nothing)" for text in texts)
+        lines.append(f"| `{mutant.file}` | {before} | {after} | {outcome} |")
+    head, _, _ = PAGE.read_text(encoding="utf-8").partition(MARK)
+    PAGE.write_text(f"{head}{MARK}\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
