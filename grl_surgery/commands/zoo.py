@@ -73,11 +73,13 @@ def _names(pattern: str, tier: str, rows: dict[str, Row]) -> list[str]:
     with working("Listing networks"):
         from grl_surgery.zoo.names import by_family, matching
         from grl_surgery.zoo.numeric import smallest
+        from grl_surgery.zoo.tiers import versions
 
         names = matching(pattern)
+    done = {row.name for row in rows.values() if row.result == "ok" and row.versions == versions(row.name)}
     if tier == "structural":
-        return [name for name in names if name not in rows or rows[name].result == "failed"]
-    done = {row.family for row in rows.values() if row.result == "ok"}
+        return [name for name in names if name not in done]
+    done = {rows[name].family for name in done}
     families = {key: members for key, members in by_family(names).items() if key not in done}
     with working(f"Looking for the smallest network in each of {len(families)} files"):
         return [smallest(members) for members in families.values()]

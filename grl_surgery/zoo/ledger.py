@@ -36,6 +36,7 @@ class Row:
         splice_ms: Median time of one ``insert_grl``, in milliseconds.
         seconds: Time of everything.
         facts: What only one tier measures.
+        versions: Of torch and of the network's library, by which it was measured.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Row:
     splice_ms: float = 0.0
     seconds: float = 0.0
     facts: dict[str, Any] = field(default_factory=dict)
+    versions: str = ""
 
 
 def read_rows(path: str | os.PathLike[str]) -> dict[str, Row]:

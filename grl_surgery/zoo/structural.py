@@ -20,6 +20,7 @@ from grl_surgery.oracle import Factors, HookReversal, in_words, predict, with_re
 from grl_surgery.points import Edge
 from grl_surgery.spliced_module import SplicedModule
 from grl_surgery.splicing import insert_grl, reversals, strip
+from grl_surgery.zoo.building import without_values
 from grl_surgery.zoo.inputs import declared_inputs
 from grl_surgery.zoo.ledger import NotProved, Row
 from grl_surgery.zoo.names import family
@@ -46,8 +47,7 @@ def check_structure(source: str) -> Row:
         SurgeryError: A cut cannot be made.
     """
     start = time.process_time()
-    with torch.device("meta"):
-        model = load_model(source).module
+    model = without_values(source)
     found = survey(model)
     times = _each_cut(model, found.places)
     device, reason = "meta", ""
@@ -139,13 +139,13 @@ def _check_paths(model: nn.Module, found: Survey) -> None:
     for mode in ("train", "eval"):
         for network in (spliced, oracle):
             network.train(mode == "train")
-        measured = dict(zip(places, _recorded(spliced, inputs, names), strict=True))
+        measured = dict(zip(places, _recorded(spliced, inputs, names, _REVERSAL), strict=True))
         graph = id(getattr(oracle, "graph", None))
         expected = predicted.setdefault(graph, {}) or _predicted(oracle, places)
         predicted[graph] = expected
         if not _agree(model, expected, measured):
             # A graph takes modules whole, and sees into no opaque one: what hooks record has the last word.
-            hooked = dict(zip(places, _recorded(oracle, inputs, names), strict=True))
+            hooked = dict(zip(places, _recorded(oracle, inputs, names, _HOOKED), strict=True))
             _compare(model, hooked, measured, mode)
         effective |= {place for place, signs in measured.items() if any(-1 in s for s in signs.values())}
     for place in places:
@@ -165,12 +165,20 @@ def _predicted(oracle: nn.Module, places: Sequence[Place]) -> dict[Place, Signs]
     return found
 
 
-def _recorded(network: nn.Module, inputs: tuple[Any, ...], names: Sequence[str]) -> list[Signs]:
-    """Run a network and walk what autograd has recorded, for each of its reversals."""
+def _recorded(network: nn.Module, inputs: tuple[Any, ...], names: Sequence[str], kind: str) -> list[Signs]:
+    """Run a network and walk what autograd has recorded, for each of its reversals.
+
+    Only autograd nodes of this kind reverse: what else a layer makes does not, whatever it is called.
+    """
     layers = {name: network.get_submodule(name) for name in names}
     with recorded_nodes(layers) as nodes, torch.enable_grad():
         outputs = tensors_in(network(*inputs))
-    return signs_in_autograd(outputs, list(nodes.values()))
+    genuine = [[node for node in made if node.name() == kind] for made in nodes.values()]
+    return signs_in_autograd(outputs, genuine)
+
+
+# What a reversal of ours leaves in autograd's graph, and what a tensor hook of the oracle stands at.
+_REVERSAL, _HOOKED = "_ReversalBackward", "CloneBackward0"
 
 
 def _agree(model: nn.Module, predicted: Mapping[Place, Signs], recorded: Mapping[Place, Signs]) -> bool:

@@ -8,6 +8,8 @@ import os
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
+from importlib import metadata
 from typing import Literal
 
 import torch
@@ -18,7 +20,7 @@ from grl_surgery.zoo.names import family
 from grl_surgery.zoo.numeric import check_numbers
 from grl_surgery.zoo.structural import check_structure
 
-__all__ = ["Tier", "check", "failure", "numeric", "structural"]
+__all__ = ["Tier", "check", "failure", "numeric", "structural", "versions"]
 
 Tier = Literal["structural", "numeric"]
 
@@ -42,7 +44,8 @@ def check(source: str, tier: Tier) -> Row:
     start = time.process_time()
     try:
         with _undisturbed():
-            return check_structure(source) if tier == "structural" else check_numbers(source)
+            row = check_structure(source) if tier == "structural" else check_numbers(source)
+            return replace(row, versions=versions(source))
     except MemoryError:
         raise
     except Exception as error:
@@ -54,7 +57,26 @@ def check(source: str, tier: Tier) -> Row:
 
 def failure(source: str, tier: Tier, reason: str, seconds: float) -> Row:
     """The row of a network that cannot be done."""
-    return Row(source, family(source), tier, "failed", reason[:300], seconds=round(seconds, 2))
+    return Row(
+        source,
+        family(source),
+        tier,
+        "failed",
+        reason[:300],
+        seconds=round(seconds, 2),
+        versions=versions(source),
+    )
+
+
+def versions(source: str) -> str:
+    """By which torch and which library a network is measured.
+
+    Example:
+        >>> versions("timm/resnet18").split()[::2]
+        ['torch', 'timm']
+    """
+    library = source.partition("/")[0]
+    return f"torch {metadata.version('torch').partition('+')[0]}, {library} {metadata.version(library)}"
 
 
 @contextlib.contextmanager
