@@ -202,8 +202,8 @@ def main() -> int:
 def _write(rows: list[tuple[Mutant, str]]) -> None:
     killed = sum(outcome == "killed" for _, outcome in rows)
     lines = [
-        f"{killed} of {len(rows)} killed, on {datetime.date.today()} with Python {platform.python_version()} and "
-        f"torch {torch.__version__.partition('+')[0]}.",
+        f"{killed} of {len(rows)} killed, on {datetime.date.today()} with Python {platform.python_version()} "
+        f"and torch {torch.__version__.partition('+')[0]}.",
         "",
         "| file | from | to | outcome |",
         "|---|---|---|---|",

@@ -1,0 +1,22 @@
+"""The tests under several versions of Python and torch: ``nox``, or ``nox -s "tests-3.12(torch='2.15.0')"``.
+
+pyproject.toml declares as supported what passed here; docs/robustness.md says when that was.
+"""
+
+import nox
+
+nox.options.default_venv_backend = "venv"
+
+# torch with the torchvision that was built for it; the oldest that is declared, and the newest.
+TORCH = {"2.15.0": "0.29.2"}
+TIMM = ["1.0.31"]
+
+
+@nox.session(python=["3.10", "3.11", "3.12", "3.13"])
+@nox.parametrize("timm", TIMM)
+@nox.parametrize("torch", list(TORCH))
+def tests(session: nox.Session, torch: str, timm: str) -> None:
+    """The whole suite with one version of each."""
+    pins = [f"torch=={torch}", f"torchvision=={TORCH[torch]}", f"timm=={timm}"]
+    session.install("-e", ".[dev]", *pins)
+    session.run("python", "-m", "pytest", "-q", "-n", "2", *session.posargs, env={"OMP_NUM_THREADS": "1"})
