@@ -153,7 +153,7 @@ def test_help_names_every_command_and_the_forms_of_a_model(command: Command) -> 
     done = command("--help")
     assert done.code == 0
     assert re.findall(r"^│ ([a-z]\w*) ", done.out, re.M) == [
-        *("graph", "insert", "attach", "verify", "export", "strip", "demo")
+        *("graph", "insert", "attach", "verify", "export", "strip", "doctor", "zoo", "demo")
     ]
     assert "file.py:factory" in done.out
 

@@ -21,8 +21,8 @@ class AdoptedReversal(GradientReversal):
     Example:
         >>> layer = AdoptedReversal(0.5, alias="alpha", saved_as=torch.Size([1]))
         >>> layer.alpha = 0.25
-        >>> layer, layer.state_dict()
-        (AdoptedReversal(coeff=0.25), OrderedDict({'alpha': tensor([0.2500])}))
+        >>> layer, dict(layer.state_dict())
+        (AdoptedReversal(coeff=0.25), {'alpha': tensor([0.2500])})
 
     Args:
         coeff: As for GradientReversal.
