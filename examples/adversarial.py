@@ -159,7 +159,7 @@ def plot(
     titles = [f"{best[0][0]} {best[0][1]:.2f}", "the change, 20 times", f"{best[-1][0]} {best[-1][1]:.2f}"]
     shown = [picture(image), picture(20 * change), picture(image + change)]
     for axis, title, pixels in zip(axes, titles, shown, strict=False):
-        axis.imshow(pixels)
+        axis.imshow(pixels.numpy())
         axis.set(xticks=[], yticks=[], title=title)
     for limit, values in curves.items():
         axes[3].plot(LIMITS, values, marker="o", label=f"trained against {limit:g}")

@@ -161,7 +161,7 @@ def plot(networks: dict[float, nn.Module], images: Tensor, labels: Tensor, path:
         top = torch.cat([torch.zeros(1, 64), chosen])[None]
         tiles = F.pad(torch.cat([top, rows]).reshape(9, 9, 8, 8), (1, 1, 1, 1))
         picture = tiles.permute(0, 2, 1, 3).reshape(90, 90)
-        axis.imshow(1 - picture, cmap="gray", vmin=0, vmax=1)
+        axis.imshow((1 - picture).numpy(), cmap="gray", vmin=0, vmax=1)
         axis.axhline(9.5, color="tab:orange")
         axis.axvline(9.5, color="tab:orange")
         axis.set(xticks=[], yticks=[], title=f"coefficient {coeff:g}", xlabel="hand of", ylabel="digit of")
