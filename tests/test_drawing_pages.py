@@ -126,6 +126,16 @@ def test_a_block_opens_and_closes_with_a_click(open_page: Open, net_page: str) -
     assert find(browser, "#picture").size["height"] == before
 
 
+def test_the_blocks_around_a_reversal_are_open_at_first(open_page: Open) -> None:
+    network = Net()
+    report = gs.verify_flip(gs.insert_grl(network, before="stage2.0.add"), network, image())
+    browser = open_page(report_page([report]))
+    opened = [element.get_attribute("aria-label") for element in find_all(browser, ".box.open")]
+    assert [label.split(",")[0] for label in opened] == ["stage2", "stage2.0"]
+    assert find_all(browser, ".box.reversal")
+    assert not _overlaps(browser)
+
+
 def test_a_click_shows_what_a_box_is(open_page: Open, net_page: str) -> None:
     browser = open_page(net_page)
     box(browser, "stem").click()

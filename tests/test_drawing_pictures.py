@@ -118,6 +118,18 @@ def test_a_reversal_stands_in_the_block_around_both_its_ends_and_does_not_break_
         assert [box.name for box in boxes_in(top) if box.kind == "block"] == ["1"]
 
 
+def test_a_reversal_of_two_values_is_drawn_once_and_lines_still_run_down() -> None:
+    spliced = gs.insert_grl(Net(), before="stage2.0.add")
+    top = nest(gs.graph(spliced, None, image()))
+    (reversal,) = (box for box in boxes_in(top) if box.kind == "reversal")
+    block = next(box for box in boxes_in(top) if box.name == "stage2.0")
+    assert block.inside
+    assert reversal in block.inside.boxes
+    for inside in insides(top):
+        rows = lay_out(inside, size_of).rows
+        assert all(rows[line.source] < rows[line.target] for line in inside.lines)
+
+
 @pytest.mark.parametrize(
     "network", [Net(), Twice(), chain(Dense(6), nn.ReLU())], ids=["net", "twice", "dense"]
 )

@@ -299,14 +299,9 @@ def graph_page(graph: ModelGraph) -> str:
     for box in picture.boxes:
         if node := box.node:
             link = f'<a href="#b{picture.places[box]}">{escape(box.name)}</a>'
-            shape, count = shape_text(node.shape), f"{node.parameters:,}" if node.parameters else ""
-            cells = [
-                (link, box.name),
-                (escape(node.type), node.type),
-                (shape, shape),
-                (count, node.parameters),
-            ]
-            rows.append(("", cells))
+            kind, shape = _type_of(node), shape_text(node.shape)
+            count = (f"{node.parameters:,}" if node.parameters else "", node.parameters)
+            rows.append(("", [(link, box.name), (escape(kind), kind), (shape, shape), count]))
     elements = sum(box.node.parameters for box in picture.top.boxes if box.node)
     lead = f"<header><h1>{escape(graph.name)}</h1><p>{len(rows)} points, {elements:,} parameters</p></header>"
     return page(graph.name, lead, picture, table(columns, rows, "Points"))

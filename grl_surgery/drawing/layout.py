@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from grl_surgery.drawing.nesting import Box, Inside, Line
@@ -224,7 +224,7 @@ def _columns(
             wanted = [_weighted_median([(x[n], w) for n, w in ties[item].items()], x[item]) for item in row]
             weights = [1.0 if isinstance(item, Box) else _GIVES_WAY for item in row]
             x.update(zip(row, _spread(row, wanted, weights, widths), strict=True))
-    _straighten(table, below, widths, x)
+    _straighten(table, above, below, widths, x)
     return x
 
 
@@ -232,28 +232,54 @@ _GIVES_WAY = 1e-4  # what a line that passes weighs beside a box
 
 
 def _straighten(
-    table: Sequence[Sequence[_Item]], below: Neighbours, widths: Mapping[_Item, float], x: dict[_Item, float]
+    table: Sequence[Sequence[_Item]],
+    above: Neighbours,
+    below: Neighbours,
+    widths: Mapping[_Item, float],
+    x: dict[_Item, float],
 ) -> None:
-    """Make long lines vertical where there is room for that."""
-    room: dict[_Item, tuple[float, float]] = {}
-    for row in table:
-        for left, item, right in zip([None, *row], row, [*row[1:], None], strict=False):
-            low = x[left] + (widths[left] + widths[item]) / 2 + _gap(left, item) if left else -math.inf
-            high = x[right] - (widths[right] + widths[item]) / 2 - _gap(item, right) if right else math.inf
-            room[item] = low, high
-    started: set[_Item] = set()
-    for item in (item for row in table for item in row if isinstance(item, _Lane)):
+    """Make chains of boxes vertical, then long lines, where there is room for that."""
+    beside = {
+        item: (left, right)
+        for row in table
+        for left, item, right in zip([None, *row], row, [*row[1:], None], strict=False)
+    }
+
+    def room(item: _Item) -> tuple[float, float]:
+        left, right = beside[item]
+        low = x[left] + (widths[left] + widths[item]) / 2 + _gap(left, item) if left else -math.inf
+        high = x[right] - (widths[right] + widths[item]) / 2 - _gap(item, right) if right else math.inf
+        return low, high
+
+    for kind in (Box, _Lane):
+        for chain in _chains(table, above, below, kind):
+            low, high = max(room(item)[0] for item in chain), min(room(item)[1] for item in chain)
+            if low <= high:
+                middle = sum(x[item] for item in chain) / len(chain)
+                x.update(dict.fromkeys(chain, min(max(middle, low), high)))
+
+
+def _chains(
+    table: Sequence[Sequence[_Item]], above: Neighbours, below: Neighbours, kind: type
+) -> Iterator[list[_Item]]:
+    """Runs of items of one kind, each the next one's closest tie and the other way round."""
+    seen: set[_Item] = set()
+    for item in (item for row in table for item in row if isinstance(item, kind)):
         chain: list[_Item] = []
         following: _Item | None = item
-        while following is not None and following not in started:
-            started.add(following)
+        while following and isinstance(following, kind) and following not in seen:
+            seen.add(following)
             chain.append(following)
-            following = next((user for user in below[following] if isinstance(user, _Lane)), None)
-        low = max((room[lane][0] for lane in chain), default=0.0)
-        high = min((room[lane][1] for lane in chain), default=0.0)
-        if chain and low <= high:
-            middle = sum(x[lane] for lane in chain) / len(chain)
-            x.update(dict.fromkeys(chain, min(max(middle, low), high)))
+            after = _closest(below[following])
+            following = after if after and _closest(above[after]) is following else None
+        if len(chain) > 1 or (chain and kind is _Lane):
+            yield chain
+
+
+def _closest(ties: Mapping[_Item, int]) -> _Item | None:
+    """The item with the strongest tie; None where two are equally strong."""
+    strongest = [item for item, weight in ties.items() if weight == max(ties.values())]
+    return strongest[0] if len(strongest) == 1 else None
 
 
 def _weighted_median(values: list[tuple[float, int]], otherwise: float) -> float:

@@ -138,9 +138,10 @@ class _Nesting:
                 self._inside(open_blocks).boxes.append(block)
                 open_blocks = (*open_blocks, block)
             self._add(node, open_blocks)
-        for node in spliced:  # where a reversal stands, a block would fall apart if order alone counted
-            near = [self.around[name] for name in self._neighbours(node) if name in self.around]
-            self._add(node, _shared_start(near))
+        # Where a reversal stands, a block would fall apart if order alone counted; one that is called more
+        # than once is drawn once.
+        for node in {node.name: node for node in spliced}.values():
+            self._add(node, self._around_spliced(node))
         _number_repeated(box for box in boxes_in(self.top) if box.kind == "block")
 
     def _add(self, node: GraphNode, around: tuple[Box, ...]) -> None:
@@ -148,10 +149,16 @@ class _Nesting:
         self.boxes[node.name], self.around[node.name] = box, around
         self._inside(around).boxes.append(box)
 
-    def _neighbours(self, node: GraphNode) -> Iterator[str]:
-        for edge in self.graph.edges:
-            if node.name in (edge.source, edge.target):
-                yield edge.source if edge.target == node.name else edge.target
+    def _around_spliced(self, node: GraphNode) -> tuple[Box, ...]:
+        """The blocks around both ends; around the users alone where a block would be on both sides."""
+        around = self.around
+        sources = [around[e.source] for e in self.graph.edges if e.target == node.name and e.source in around]
+        users = [around[e.target] for e in self.graph.edges if e.source == node.name and e.target in around]
+        shared = _shared_start([*sources, *users])
+        left, entered = (
+            {row[len(shared)] for row in rows if len(row) > len(shared)} for rows in (sources, users)
+        )
+        return _shared_start(users) if left & entered else shared
 
     def _inside(self, around: tuple[Box, ...]) -> Inside:
         inside = around[-1].inside if around else self.top

@@ -326,9 +326,13 @@
   const body = table.tBodies[0], rows = [...body.rows];
   const texts = rows.map((row) => row.textContent.toLowerCase());
 
-  const fits = (text) => words.every((word) => text.includes(word));
-  const isHit = (box) =>
-    words.length > 0 && box.name !== undefined && fits(`${box.name} ${box.about.type}`.toLowerCase());
+  function fits(text) {
+    return words.every((word) => text.includes(word));
+  }
+
+  function isHit(box) {
+    return words.length > 0 && box.name !== undefined && fits(`${box.name} ${box.about.type}`.toLowerCase());
+  }
 
   function mark(box) {
     const element = drawn(box);
