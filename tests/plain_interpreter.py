@@ -209,7 +209,7 @@ class Interpreter:
                 results = self.step_into(block, module, taken, prefix, place, inputs)
             else:
                 results = self.operate(block, module, taken, prefix, place, inputs)
-            variables.update(zip(taken.results, results))
+            variables.update(zip(taken.results, results, strict=True))
         return [variables[number].latest() for number in block.results]
 
     def step_into(
@@ -222,7 +222,7 @@ class Interpreter:
             args = [f"0{key}" for key in keys]
         entered = []
         self.ends[name] = not all(value.is_float for value in inputs)
-        for value, arg in zip(inputs, args):
+        for value, arg in zip(inputs, args, strict=True):
             value = self.use(value, name, arg)
             entered.append(value.same())
         submodule = module.get_submodule(path)
@@ -290,13 +290,13 @@ class Interpreter:
             return [overwritten]
         results = list(result) if isinstance(result, (tuple, list)) else [result]
         values = []
-        for place, (tensor, name) in enumerate(zip(results, names)):
+        for place, (tensor, name) in enumerate(zip(results, names, strict=False)):
             shared = tensor.untyped_storage().data_ptr() == tensors[0].untyped_storage().data_ptr()
             rest = tensors[1:]
             if shared and len(results) > 1:
-                value = used[0].derived(lambda x, place=place: function(x, *rest)[place], ())
+                value = used[0].derived(lambda x, place=place, rest=rest: function(x, *rest)[place], ())
             elif shared:
-                value = used[0].derived(lambda x: function(x, *rest), ())
+                value = used[0].derived(lambda x, rest=rest: function(x, *rest), ())
             else:
                 value = fresh(tensor)
             values.append(self.define(value, name))
@@ -336,5 +336,5 @@ def pack(how: str, tensors: Sequence[Any]) -> Any:
     if how == "tensor":
         return tensors[0]
     if how == "dict":
-        return dict(zip(("left", "right"), tensors))
+        return dict(zip(("left", "right"), tensors, strict=True))
     return {"tuple": tuple, "list": list, "Pair": lambda pair: Pair(*pair)}[how](tensors)

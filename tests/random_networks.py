@@ -214,7 +214,7 @@ def source_of(block: Block) -> str:
         lines = [f"def forward(self, {', '.join(names)}):"]
     else:
         lines = ["def forward(self, packed):"]
-        lines += [f"    {name} = packed{key}" for name, key in zip(names, KEYS[block.packed])]
+        lines += [f"    {name} = packed{key}" for name, key in zip(names, KEYS[block.packed], strict=False)]
     for step in block.steps:
         if step.other is None:
             lines += [f"    {line}" for line in _lines(block, step)]
@@ -244,7 +244,7 @@ def _lines(block: Block, step: Step) -> Iterator[str]:
         yield f"{targets} = self.{step.path}({packed})"
     else:
         yield f"packed = self.{step.path}({packed})"
-        for variable, key in zip(step.results, KEYS[inner.returns]):
+        for variable, key in zip(step.results, KEYS[inner.returns], strict=True):
             yield f"v{variable} = packed{key}"
 
 
@@ -286,7 +286,7 @@ def set_modes(module: nn.Module, block: Block, training: bool) -> None:
 
 
 def _register(module: nn.Module, path: str, child: Any) -> None:
-    """``layers[2]`` goes into a ModuleList, ``heads['a']`` into a ModuleDict, anything else is an attribute."""
+    """``layers[2]`` goes into a ModuleList, ``heads['a']`` into a ModuleDict, others are attributes."""
     container, _, key = path.rstrip("]").partition("[")
     if not key:
         if isinstance(child, torch.Tensor) and not isinstance(child, nn.Parameter):
@@ -364,7 +364,7 @@ def _add_step(draw: st.DrawFn, block: Block, kinds: dict[int, str], depth: int) 
 
 def _append(block: Block, kinds: dict[int, str], step: Step, gives: tuple[str, ...]) -> None:
     results = tuple(range(len(kinds), len(kinds) + len(gives)))
-    kinds.update(zip(results, gives))
+    kinds.update(zip(results, gives, strict=True))
     block.steps.append(Step(step.inputs, results, step.operation, step.path))
 
 
