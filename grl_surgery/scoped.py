@@ -134,7 +134,7 @@ def _host(base: nn.Module, cut: Cut, failure: TracingError) -> str:
     whole = _module_at(cut, paths)
     innermost_first = spliced[:1] or common[::-1]
     for path in sorted(innermost_first, key=lambda path: _takes_anything(base, path)):
-        if whole and _takes_anything(base, path):
+        if whole and (_takes_anything(base, path) or _offers_more(base.get_submodule(path))):
             break
         try:
             tree, made, _ = _inside(base, path)
@@ -157,6 +157,15 @@ def _takes_anything(base: nn.Module, path: str) -> bool:
     """Whether a forward has ``*args`` or ``**kwargs``: a graph has none, whatever is passed there."""
     parameters = inspect.signature(base.get_submodule(path).forward).parameters.values()
     return any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
+
+
+def _offers_more(module: nn.Module) -> bool:
+    """Whether others may ask a module for more than its forward, which is all that a graph has."""
+    if _is_graph(module):
+        return False
+    kinds = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
+    offered = {name for kind in kinds for name, value in vars(kind).items() if callable(value)}
+    return isinstance(module, nn.Sequential) or any(n[0] != "_" for n in offered - {"forward"})
 
 
 def _is_graph(module: nn.Module) -> bool:

@@ -255,6 +255,36 @@ def test_a_module_that_is_passed_anything_is_reversed_as_a_whole():
         assert gs.verify_flip(spliced, model, x).ok
 
 
+def test_modules_that_others_ask_for_more_than_their_forward_stay_what_they_are():
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tower = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+
+        def forward(self, x):
+            return self.tower(x)
+
+        def compute_loss(self, scores):
+            return scores.square().mean()
+
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.features = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+            self.head = Head()
+
+        def forward(self, x):
+            for layer in self.features:
+                x = layer(x) if x.sum() > -1e9 else x
+            return self.head.compute_loss(self.head(x))
+
+    model, x = Root(), torch.randn(3, 4)
+    for point in ("features.0", "head.tower", "head.tower.0"):
+        spliced = gs.insert_grl(model, after=point)
+        assert torch.equal(spliced(x), model(x))
+        assert gs.verify_flip(spliced, model, x).ok
+
+
 def test_what_cannot_be_traced_and_is_no_module_is_an_error_that_says_what_works():
     with pytest.raises(gs.TracingError, match=r"what leaves a module needs no trace"):
         gs.insert_grl(Detector(), after="proposals.sigmoid")
