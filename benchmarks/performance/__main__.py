@@ -1,6 +1,6 @@
 """Everything that docs/performance.md says, measured in one run: ratios of interleaved runs.
 
-    python benchmarks/performance [--only operation surgery] [--rounds 40] [--device cuda] [--json FILE]
+    python benchmarks/performance [--only operation surgery] [--rounds 24] [--device cuda] [--json FILE]
 
 With all rows it writes benchmarks/results/performance.json, the plots docs/images/performance_*.png and the
 table in docs/performance.md; with another device or some rows only, the JSON alone.
@@ -21,18 +21,20 @@ from typing import Any
 
 import report
 import torch
+from measuring import keep_freed_memory
 from peers import versions
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", nargs="+", choices=list(report.TITLES), default=list(report.TITLES))
-    parser.add_argument("--rounds", type=int, default=40, help="of the fastest rows; slow ones take fewer")
+    parser.add_argument("--rounds", type=int, default=24, help="of the fastest rows; slow ones take fewer")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--json", type=Path, help="where to store; by default benchmarks/results")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    keep_freed_memory()
     results: dict[str, Any] = {"machine": _machine(options.device), "rounds": options.rounds, "rows": {}}
     for name in options.only:
         start = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import os
 import statistics
@@ -26,6 +27,20 @@ class Spread(NamedTuple):
     def of(cls, values: Sequence[float]) -> Spread:
         tenths = statistics.quantiles(values, n=10, method="inclusive")
         return cls(statistics.median(values), tenths[0], tenths[-1])
+
+
+def keep_freed_memory() -> None:
+    """Ask the C library not to hand freed memory back to the system, as a device's allocator does not either.
+
+    Otherwise a buffer at the end of the heap is taken anew page by page, whoever happens to have it.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(_MMAP_THRESHOLD, 2**25)
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def interleaved(

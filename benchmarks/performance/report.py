@@ -68,8 +68,8 @@ def _figures(name: str, row: Mapping[str, Any]) -> Iterator[str]:
     if "spliced_to_plain" in row:
         yield f"{_precise(row['spliced_to_plain'])} of the network"
         yield f"DANN {_precise(row['attached_to_by_hand'])} of the one by hand"
-        yield f"peak {_peak(row, 'with a reversal inside', 'the network')} and "
-        f"{_peak(row, 'attach_domain_head', 'DANN by hand')}"
+        inside = _peak(row, "with a reversal inside", "the network")
+        yield f"peak memory {inside} and {_peak(row, 'attach_domain_head', 'DANN by hand')}"
     if "times_as_long" in row:
         yield from (
             f"{other} {_spread(row['times_as_long'][other])} times as long" for other in row["times_as_long"]
