@@ -129,10 +129,12 @@ def _host(base: nn.Module, cut: Cut, failure: TracingError) -> str:
             raise PointNotFoundError(f"there is no point {end!r} in this network", choices=near)
     around = [[paths[name] for name in enclosing(end, paths)] for end in cut.points]
     common = [path for path in around[0] if path and all(path in other for other in around)]
-    spliced = [path for path in common if _is_graph(base.get_submodule(path))]
+    opaque = [path for path in common if _is_opaque(base.get_submodule(path))]
+    inside = common[common.index(opaque[-1]) + 1 :] or opaque[-1:] if opaque else common
+    spliced = [path for path in inside if _is_graph(base.get_submodule(path))]
     reason: SurgeryError = failure
     whole = _module_at(cut, paths)
-    innermost_first = spliced[:1] or common[::-1]
+    innermost_first = spliced[:1] or inside[::-1]
     for path in sorted(innermost_first, key=lambda path: _takes_anything(base, path)):
         if whole and (_takes_anything(base, path) or _offers_more(base.get_submodule(path))):
             break
@@ -166,6 +168,10 @@ def _offers_more(module: nn.Module) -> bool:
     kinds = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
     offered = {name for kind in kinds for name, value in vars(kind).items() if callable(value)}
     return isinstance(module, nn.Sequential) or any(n[0] != "_" for n in offered - {"forward"})
+
+
+def _is_opaque(module: nn.Module) -> bool:
+    return isinstance(module, SplicedModule) and module.is_opaque
 
 
 def _is_graph(module: nn.Module) -> bool:

@@ -285,6 +285,16 @@ def test_modules_that_others_ask_for_more_than_their_forward_stay_what_they_are(
         assert gs.verify_flip(spliced, model, x).ok
 
 
+def test_a_later_trace_of_everything_leaves_the_module_alone():
+    spliced = gs.insert_grl(Detector(), after="proposals")
+    network = nn.Sequential(spliced.proposals)
+    names = [node.name for node in gs.graph(network, depth=None).nodes]
+    assert names == ["input", "0", "output"]
+    gs.insert_grl(network, after="glob:**")
+    network.train().eval()
+    assert type(spliced.proposals.score) is nn.Linear
+
+
 def test_what_cannot_be_traced_and_is_no_module_is_an_error_that_says_what_works():
     with pytest.raises(gs.TracingError, match=r"what leaves a module needs no trace"):
         gs.insert_grl(Detector(), after="proposals.sigmoid")
