@@ -190,6 +190,8 @@ class Tracer(fx.Tracer):
                 items=items,
             )
             return proxy
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*(self.mark(v, path, call, arg, (*items, i)) for i, v in enumerate(value)))
         if type(value) in (tuple, list):
             return type(value)(self.mark(v, path, call, arg, (*items, i)) for i, v in enumerate(value))
         if type(value) is dict:

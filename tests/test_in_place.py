@@ -224,9 +224,7 @@ def test_an_edge_that_one_mode_lacks_is_cut_in_the_other(x):
     spliced = gs.insert_grl(model, edge=("tanh", "a"))
     leaf = x.clone().requires_grad_()
     for training, sign in ((True, -1), (False, 1)):
-        plain, found = (
-            torch.autograd.grad(m.train(training)(leaf).sum(), leaf)[0] for m in (model, spliced)
-        )
+        plain, found = (torch.autograd.grad(m.train(training)(leaf).sum(), leaf)[0] for m in (model, spliced))
         assert torch.equal(found, sign * plain)
     with pytest.raises(gs.PointNotFoundError, match="'b' does not use the value of 'tanh'"):
         gs.insert_grl(model, edge=("tanh", "b"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -651,3 +652,35 @@ def test_a_compiled_network_reverses_with_one_graph_while_the_coefficient_change
         torch.testing.assert_close(gradients(compiled, x)["_orig_mod.stem.weight"], eager)
     assert not torch.allclose(eager, plain)
     assert counter.frame_count == 1
+
+
+def test_a_field_of_a_named_tuple_is_the_same_point_when_its_block_is_opened():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(6, 6)
+
+        def forward(self, x):
+            return Fields(x, self.fc(x))
+
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = Block()
+
+        def forward(self, x):
+            fields = self.block(x)
+            return fields[0] * 3 + fields.second
+
+    model, x = Root(), vector()
+    for cuts in (["block[1]", "block.fc"], ["block.fc", "block[1]"], ["block[0]", "block.fc"]):
+        spliced = model
+        for point in cuts:
+            spliced = gs.insert_grl(spliced, after=point)
+        found, plain = (torch.autograd.grad(m(x).sum(), m.block.fc.weight)[0] for m in (spliced, model))
+        assert torch.equal(found, plain if "block[1]" in cuts else -plain)  # reversed twice, or once
+
+
+class Fields(NamedTuple):
+    first: torch.Tensor
+    second: torch.Tensor

@@ -100,8 +100,6 @@ def _verify(
     try:
         with working(f"Verifying in {mode or 'its own'} mode"):
             return verify_flip(spliced, reference, loaded.example_inputs, mode=mode, seed=seed)
-    except SurgeryError:
-        raise
     except Exception:
         run(loaded, loaded.module)  # explains it where the network never ran on these inputs
         raise

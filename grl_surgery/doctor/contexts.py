@@ -94,7 +94,7 @@ def _export_reloaded(rig: Rig) -> Ready:
 
 
 def _compile(rig: Rig) -> Ready:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     return _calling(rig, torch.compile(rig.network, backend="aot_eager"))
 
 
