@@ -64,7 +64,10 @@ def test_every_private_name_of_torch_is_listed_with_the_files_that_use_it():
         name: rows[name] for name in found if name in rows
     }
     missing = [
-        f"{name} in {file}" for name, files in found.items() for file in files if file not in rows[name]
+        f"{name} in {file}"
+        for name, files in found.items()
+        for file in files
+        if name not in HOLDERS and file not in rows[name]
     ]
     assert not missing
 
