@@ -80,8 +80,8 @@ def _may_be_view(model: nn.Module, node: fx.Node) -> bool:
 _VIEWING = (nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 
-def memory(model: nn.Module, node: fx.Node) -> set[fx.Node]:
-    """All nodes whose values may lie in the same memory as this one's."""
+def memory(model: nn.Module, node: fx.Node, *, behind: bool = False) -> set[fx.Node]:
+    """All nodes whose values may lie in the same memory as this one's; ``behind``: only it and its views."""
     found: set[fx.Node] = set()
     rest = [node]
     while rest:
@@ -89,8 +89,9 @@ def memory(model: nn.Module, node: fx.Node) -> set[fx.Node]:
         if node not in found:
             found.add(node)
             rest += [user for user in node.users if _may_be_view(model, user) and user.args[0] is node]
-            if node.args and isinstance(node.args[0], fx.Node) and _may_be_view(model, node):
-                rest.append(node.args[0])
+            source = node.args[0] if node.args and not behind else None
+            if isinstance(source, fx.Node) and _may_be_view(model, node):
+                rest.append(source)
     return found
 
 
@@ -138,7 +139,7 @@ def refuse_lost_writes(
         SurgeryError: With the two places.
     """
     calls = [node for node in graph.nodes if node.op == "call_module" and node.target in reversals]
-    sides = [_behind(model, call) for call in calls]
+    sides = [memory(model, call, behind=True) for call in calls]
     if not any(
         len(call.all_input_nodes[0].users) > 1 or _may_be_view(model, call.all_input_nodes[0])
         for call in calls
@@ -157,15 +158,3 @@ def refuse_lost_writes(
 
 def _name(node: fx.Node) -> str:
     return str(node.meta.get("point", node.name))
-
-
-def _behind(model: nn.Module, call: fx.Node) -> set[fx.Node]:
-    """The call and all views of its value."""
-    found: set[fx.Node] = set()
-    rest = [call]
-    while rest:
-        node = rest.pop()
-        if node not in found:
-            found.add(node)
-            rest += [user for user in node.users if _may_be_view(model, user) and user.args[0] is node]
-    return found
