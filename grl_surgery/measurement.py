@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from grl_surgery.generators import random_state_kept
+from grl_surgery.loading.inputs import as_arguments
 from grl_surgery.reversal import GradientReversal
 from grl_surgery.sharing import share_copy
 
@@ -135,7 +136,7 @@ class Experiment:
         buffers = {name: self._copy(buffer) for name, buffer in network.named_buffers()}
         buffers.update((name, torch.ones_like(buffers[name])) for name in _coefficients(network))
         given = pytree.tree_map_only(torch.Tensor, self._copy, self.inputs)
-        args, kwargs = ((), given) if isinstance(given, dict) else (_as_tuple(given), {})
+        args, kwargs = as_arguments(given)
         torch.manual_seed(self.seed)
         value = with_tensors(network, {**leaves, **buffers})(*args, **kwargs)
         parts = dict(zip(("output", *heads), value if heads else (value,), strict=True))
@@ -203,10 +204,6 @@ def _gradients(objective: torch.Tensor, leaves: Sequence[torch.Tensor]) -> Seque
 def _coefficients(network: nn.Module) -> list[str]:
     layers = (path for path, module in network.named_modules() if isinstance(module, GradientReversal))
     return [f"{path}.coeff" if path else "coeff" for path in layers]
-
-
-def _as_tuple(inputs: Any) -> tuple[Any, ...]:
-    return inputs if isinstance(inputs, tuple) else (inputs,)
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:

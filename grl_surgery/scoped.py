@@ -13,6 +13,7 @@ from torch import nn
 from grl_surgery.cutting import apply_cuts
 from grl_surgery.errors import PointNotFoundError, ShapeError, SurgeryError, TracingError
 from grl_surgery.generators import random_state_kept
+from grl_surgery.loading.inputs import as_arguments
 from grl_surgery.points import Edge, enclosing, escape, near_names, split_items, split_number
 from grl_surgery.sharing import share_copy
 from grl_surgery.spliced_module import Cut, SplicedModule, free_name
@@ -91,7 +92,7 @@ def shapes_by_running(
     heads = [Cut("head", point, f"probe_{place}") for place, point in enumerate(points)]
     names = [cut.module for cut in heads]
     probed = splice_inside(share_copy(base), heads, {name: nn.Identity() for name in names}, failure)
-    args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (as_arguments(inputs), {})
+    args, kwargs = as_arguments(inputs)
     try:
         with torch.no_grad(), random_state_kept():
             _, *values = probed.eval()(*args, **kwargs)
@@ -111,11 +112,6 @@ def shapes_by_running(
                 example=f"one item of it, as in after='{point}[0]'",
             )
     return [tuple(value.shape) for value in values]
-
-
-def as_arguments(inputs: Any) -> tuple[Any, ...]:
-    """Example inputs as positional arguments."""
-    return inputs if isinstance(inputs, tuple) else (inputs,)
 
 
 def _host(base: nn.Module, cut: Cut, failure: TracingError) -> str:

@@ -11,6 +11,7 @@ from torch import nn
 
 from grl_surgery.doctor.finding import Site, observe
 from grl_surgery.doctor.rig import Rig, private_runs, shared_holders
+from grl_surgery.loading.inputs import as_arguments
 
 __all__ = ["Home", "homes", "with_coefficients"]
 
@@ -159,8 +160,8 @@ def _numbers_shared(model: nn.Module) -> Iterator[Home]:
 
 
 def _numbers_among(inputs: Any) -> Iterator[Home]:
-    named = inputs.items() if isinstance(inputs, dict) else enumerate(_as_tuple(inputs))
-    for place, value in named:
+    args, kwargs = as_arguments(inputs)
+    for place, value in (*enumerate(args), *kwargs.items()):
         if _is_number(value):
             yield Home("argument", str(place), "", float(value))
 
@@ -180,7 +181,3 @@ def _is_number(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
         return value.numel() == 1 and value.is_floating_point() and not value.is_meta
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _as_tuple(inputs: Any) -> tuple[Any, ...]:
-    return inputs if isinstance(inputs, tuple) else (inputs,)

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from grl_surgery.function_calls import function_classes
+from grl_surgery.loading.inputs import as_arguments
 from grl_surgery.measurement import (
     Experiment,
     objective,
@@ -67,11 +68,7 @@ class Rig:
             moves = value.is_floating_point() or value.is_complex()
             tensors[name] = nn.Parameter(value.detach().clone(), requires_grad=moves)
         rig = cls(with_tensors(tree, tensors), (), {}, seed=seed)
-        given = pytree.tree_map_only(torch.Tensor, rig._input, inputs)
-        if isinstance(given, dict):
-            rig.kwargs = given
-        else:
-            rig.args = given if isinstance(given, tuple) else (given,)
+        rig.args, rig.kwargs = as_arguments(pytree.tree_map_only(torch.Tensor, rig._input, inputs))
         return rig
 
     def _input(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ from grl_surgery.files.plain_data import each, field
 from grl_surgery.files.program_archive import EXTRA, check_archive
 from grl_surgery.files.recipe import describe, tied
 from grl_surgery.generators import random_state_kept
+from grl_surgery.loading.inputs import as_arguments
 from grl_surgery.loading.inputs import example_inputs as known_inputs
 from grl_surgery.measurement import private_copy, tensors_in
 from grl_surgery.oracle import recipes, with_reversals
@@ -83,9 +84,7 @@ def inputs_for(model: nn.Module, example_inputs: Any) -> Inputs:
             f"nothing says what inputs {type(model).__name__} takes, and a program is recorded by running it",
             example="export(m, 'm.pt2', example_inputs=(torch.randn(2, 3, 224, 224),))",
         )
-    if isinstance(given, dict):
-        return (), given
-    return (given if isinstance(given, tuple) else (given,)), {}
+    return as_arguments(given)
 
 
 # ------------------------------------------------------------------------------------------------- .pt2

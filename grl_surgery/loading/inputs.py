@@ -10,7 +10,7 @@ from torch import nn
 
 from grl_surgery.errors import SurgeryError
 
-__all__ = ["as_inputs", "example_inputs"]
+__all__ = ["as_arguments", "as_inputs", "example_inputs"]
 
 # Batch norm in train mode needs more than one value per channel.
 BATCH = 2
@@ -65,6 +65,18 @@ def as_inputs(value: object) -> tuple[Any, ...]:
         f"example inputs are a tensor or a tuple of them, not {type(value).__name__}",
         example="model.example_inputs = (torch.randn(2, 3, 224, 224),)",
     )
+
+
+def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs as arguments of forward, by position and by name.
+
+    Example:
+        >>> as_arguments({"x": 1}), as_arguments((1, 2)), as_arguments([1, 2])
+        (((), {'x': 1}), ((1, 2), {}), (([1, 2],), {}))
+    """
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
 
 
 def _timm_size(model: nn.Module) -> tuple[int, ...] | None:
