@@ -20,7 +20,7 @@ from grl_surgery.pooling import Pool
 from grl_surgery.scoped import shapes_by_running
 from grl_surgery.selection import Selector, select_points
 from grl_surgery.spliced_module import Cut, free_name
-from grl_surgery.splicing import check_model, on_same_device, patient, splice
+from grl_surgery.splicing import arguments_kept, check_model, on_same_device, patient, splice
 
 __all__ = ["attach_domain_head"]
 
@@ -117,7 +117,12 @@ def attach_domain_head(
         head.to(parameter.dtype)
     check_runs(head, [shape, *class_logits])
     modules[name] = on_same_device(head, base)
-    return splice(base, [*cuts, Cut("head", points[0], name, condition_on and points[1])], modules)
+    return splice(
+        base,
+        [*cuts, Cut("head", points[0], name, condition_on and points[1])],
+        modules,
+        arguments_kept(model, example_inputs),
+    )
 
 
 def _shapes(

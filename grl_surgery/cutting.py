@@ -18,12 +18,20 @@ from grl_surgery.errors import (
     TracingError,
 )
 from grl_surgery.in_place import memory, overwrites, refuse_lost_writes
-from grl_surgery.links import is_size, links, rewrite
+from grl_surgery.links import is_size, links, origin, rewrite
 from grl_surgery.opaque import opaque_graph, pick, reverse_each, tap
-from grl_surgery.points import Edge, enclosing, match_name, near_names, split_items
+from grl_surgery.points import (
+    Edge,
+    enclosing,
+    match_name,
+    near_names,
+    split_items,
+    split_number,
+)
 from grl_surgery.spliced_module import Cut, SplicedModule
+from grl_surgery.trace_copy import is_building_block
 from grl_surgery.tracer import boundary
-from grl_surgery.tracing import Trace, is_building_block, module_paths, trace
+from grl_surgery.tracing import Trace, around_aliases, module_paths, trace
 
 __all__ = ["apply_cuts", "modules_to_open", "overwrites_input", "replace_item", "retrace"]
 
@@ -31,7 +39,10 @@ __all__ = ["apply_cuts", "modules_to_open", "overwrites_input", "replace_item", 
 def modules_to_open(model: nn.Module, cuts: Sequence[Cut]) -> set[str]:
     """Paths of the modules whose forwards enclose the cuts: all that has to be traced."""
     paths = module_paths(model)
-    return {paths[path] for cut in cuts for point in cut.points for path in enclosing(point, paths)}
+    points = {point for cut in cuts for point in cut.points}
+    wanted = {path for point in points for path in enclosing(point, paths)}
+    bases = {split_number(split_items(point)[0])[0] for point in points}
+    return {paths[path] for path in wanted | around_aliases(paths, wanted | (bases & paths.keys()))}
 
 
 def apply_cuts(
@@ -39,7 +50,7 @@ def apply_cuts(
     cuts: Sequence[Cut],
     *,
     opened: Collection[str] = (),
-    given: Collection[str] = (),
+    given: Mapping[str, type] | None = None,
     lenient: bool = False,
 ) -> Trace:
     """Trace a network as deep as the cuts need and make them, in order.
@@ -49,7 +60,8 @@ def apply_cuts(
         cuts: What to splice in. The network must not hold the modules that they name: a forward that calls
             all children, as Sequential's does, would call them too.
         opened: Modules to trace through besides those that enclose a cut.
-        given: Arguments of the root's forward that stay arguments though they have a default.
+        given: Arguments of the root's forward that stay arguments though they have a default, and of which
+            class they are.
         lenient: Keep a module as one call where its forward cannot be traced.
 
     Returns:
@@ -66,7 +78,17 @@ def apply_cuts(
         traced = trace(model, modules_to_open(model, cuts) | set(opened), given=given, lenient=lenient)
     names = dict.fromkeys(traced.names())
     for cut in cuts:
-        if _cut_each(model, traced.graphs.values(), cut, names) == 0:
+        try:
+            changed = _cut_each(model, traced.graphs.values(), cut, names)
+        except PointNotFoundError as error:
+            deeper = _before_target(model, traced, cut) - set(opened)
+            if not deeper:
+                raise
+            try:
+                return apply_cuts(model, cuts, opened={*opened, *deeper}, given=given, lenient=lenient)
+            except (PointNotFoundError, TracingError):
+                raise error from None
+        if changed == 0:
             raise SurgeryError(
                 f"nothing uses the value {cut}, so a reversal there would have no effect",
                 choices=near_names(str(cut.at), names),
@@ -91,6 +113,16 @@ def _cut_each(model: nn.Module, graphs: Iterable[fx.Graph], cut: Cut, names: Col
     if missing is not None and not changed:
         raise missing
     return changed
+
+
+def _before_target(model: nn.Module, traced: Trace, cut: Cut) -> set[str]:
+    """Modules in one call from which an edge's target gets values: one that passes its input on hides it."""
+    if not isinstance(cut.at, Edge):
+        return set()
+    nodes = [node for graph in traced.graphs.values() for node in _named(graph, cut.at.target)]
+    sources = (origin(source) for node in nodes for _, source in links(node))
+    called = {str(source.target) for source in sources if source.op == "call_module"} - {cut.module}
+    return {path for path in called if not is_building_block(model.get_submodule(path))}
 
 
 def overwrites_input(module: nn.Module) -> bool:
@@ -120,7 +152,7 @@ def retrace(model: SplicedModule, opened: Collection[str]) -> Trace:
     """The graphs of a spliced network again, traced deeper where that is possible."""
     original, _ = model.taken_apart()
     known = {path for path, _ in original.named_modules()}
-    return apply_cuts(original, model.cuts, opened=known & set(opened), lenient=True)
+    return apply_cuts(original, model.cuts, opened=known & set(opened), given=model.arguments, lenient=True)
 
 
 def _cut(model: nn.Module, graph: fx.Graph, cut: Cut, names: Collection[str]) -> int:

@@ -10,7 +10,7 @@ from torch import nn
 
 from grl_surgery.errors import SurgeryError
 from grl_surgery.model_graph import ModelGraph, describe, graph_of
-from grl_surgery.oracle import in_words, predict_flow
+from grl_surgery.oracle import in_words, predict_flow, shows_all
 from grl_surgery.points import Edge, GraphNode, escape
 from grl_surgery.spliced_module import SplicedModule
 
@@ -50,7 +50,7 @@ def flip_graph(
         graph = _parts(model)
     if not graph.nodes:
         return None
-    if not isinstance(oracle, SplicedModule):
+    if not shows_all(oracle):
         return FlipGraph(graph, {}, {})
     deep, _ = graph_of(oracle, None)
     flows = {objective: predict_flow(oracle, deep, objective) for objective in objectives}

@@ -24,8 +24,9 @@ from grl_surgery.points import Edge, GraphNode, parents
 from grl_surgery.reversal import GradientReversal
 from grl_surgery.sharing import share_copy
 from grl_surgery.spliced_module import Cut, SplicedModule
+from grl_surgery.trace_copy import is_building_block
 from grl_surgery.tracer import boundary, operation
-from grl_surgery.tracing import is_building_block, module_paths, trace
+from grl_surgery.tracing import module_paths, trace
 
 __all__ = ["ModelGraph", "bind_inputs", "describe", "edges_into", "graph_of"]
 

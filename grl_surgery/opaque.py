@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
@@ -44,9 +45,23 @@ def call(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     return network.forward(*args, **kwargs)
 
 
+def _one_operation(function: Callable[..., Any]) -> Any:
+    """Let an enclosing network that is being traced record the call, as it sees only proxies."""
+
+    @functools.wraps(function)
+    def recorded(*args: Any) -> Any:
+        proxy = next((arg for arg in args if isinstance(arg, fx.Proxy)), None)
+        if proxy is None:
+            return function(*args)
+        return proxy.tracer.create_proxy("call_function", recorded, args, {})
+
+    return recorded
+
+
 # ------------------------------------------------------------------------------- what comes out of a call
 
 
+@_one_operation
 def reverse_each(layer: nn.Module, value: Any, items: tuple[Any, ...] = ()) -> Any:
     """``value`` with every tensor in it passed through ``layer``, or only those of one item of it.
 
@@ -97,6 +112,7 @@ def _exchanged(value: Any, key: Any, change: Callable[[Any], Any]) -> Any:
     return copied
 
 
+@_one_operation
 def pick(value: Any, items: tuple[Any, ...]) -> Any:
     """The item of ``value`` that ``items`` lead to.
 
@@ -128,6 +144,7 @@ _RUNNING: ContextVar[dict[str, list[Any]] | None] = ContextVar("grl_surgery_taps
 
 
 @fx.has_side_effect
+@_one_operation
 def tap(value: Any, name: str) -> None:
     """Hand ``value`` to the :func:`call_and_collect` that is running; without one, do nothing."""
     collected = _RUNNING.get()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx, nn
@@ -16,7 +16,7 @@ from grl_surgery.reversal import GradientReversal
 from grl_surgery.sharing import share_copy
 from grl_surgery.spliced_module import Cut, SplicedModule
 
-__all__ = ["HookReversal", "in_words", "predict", "predict_flow", "recipes", "with_reversals"]
+__all__ = ["HookReversal", "in_words", "predict", "predict_flow", "recipes", "shows_all", "with_reversals"]
 
 Factors = frozenset[int]
 Flow = tuple[dict[str, Factors], dict[Edge, Factors]]  # by point, and by edge
@@ -47,10 +47,11 @@ def with_reversals(model: nn.Module, reference: nn.Module, make: Callable[[], nn
     tree = share_copy(reference)
     for path, cuts in sorted(recipes(model).items(), key=lambda item: -len(item[0])):
         host = tree.get_submodule(path)
-        held = model.get_submodule(path)._modules
-        heads = {cut.module: share_copy(held[cut.module]) for cut in cuts if cut.is_head}  # type: ignore[arg-type]
+        part: Any = model.get_submodule(path)
+        held = part._modules
+        heads = {cut.module: share_copy(held[cut.module]) for cut in cuts if cut.is_head}
         made = {cut.module: heads.get(cut.module) or make() for cut in cuts if cut.kind != "tap"}
-        graphs = SplicedModule(host, apply_cuts(host, cuts), cuts, made)
+        graphs = SplicedModule(host, apply_cuts(host, cuts, given=part.arguments), cuts, made)
         if path:
             parent, _, name = path.rpartition(".")
             tree.get_submodule(parent)._modules[name] = graphs
@@ -77,10 +78,10 @@ def predict(oracle: nn.Module, objective: str = "output") -> dict[int, Factors]:
 
     Returns:
         From ``id(parameter)`` to ``{1}`` (unchanged), ``{-1}`` (flipped), both (mixed) or none (unreached).
-        Empty where the graph does not show all that happens: the root is no graph, or a value is read after
-        its memory has been overwritten by way of another one.
+        Empty where the graph does not show all that happens: the root is no graph, it calls a module that has
+        reversals inside, or a value is read after its memory has been overwritten by way of another one.
     """
-    if not isinstance(oracle, SplicedModule) or oracle.is_opaque:
+    if not shows_all(oracle):
         return {}
     if any(True for _ in hidden_writes(oracle, oracle.graph, overwrites_input)):
         return {}
@@ -92,6 +93,16 @@ def predict(oracle: nn.Module, objective: str = "output") -> dict[int, Factors]:
         for parameter in _parameters_of(oracle, node):
             known[id(parameter)] |= factors
     return known
+
+
+def shows_all(oracle: nn.Module) -> TypeGuard[SplicedModule]:
+    """Whether every reversal stands in the graph of the root, and none inside what it calls."""
+    if not isinstance(oracle, SplicedModule) or oracle.is_opaque:
+        return False
+    cut = {cut.module for cut in oracle.cuts}
+    called = (str(node.target) for node in oracle.graph.nodes if node.op == "call_module")
+    inside = (module for path in called if path not in cut for module in oracle.get_submodule(path).modules())
+    return not any(isinstance(module, (SplicedModule, GradientReversal, HookReversal)) for module in inside)
 
 
 def predict_flow(oracle: SplicedModule, graph: fx.Graph, objective: str = "output") -> Flow:

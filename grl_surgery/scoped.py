@@ -25,19 +25,27 @@ Shape = tuple[int, ...]
 
 
 def splice_inside(
-    base: nn.Module, cuts: Sequence[Cut], modules: Mapping[str, nn.Module], failure: TracingError
+    base: nn.Module,
+    cuts: Sequence[Cut],
+    modules: Mapping[str, nn.Module],
+    failure: TracingError,
+    given: Mapping[str, type] | None = None,
 ) -> nn.Module:
     """Replace modules inside ``base`` by their spliced graphs, each as small as the cuts allow.
+
+    Where the root itself can be traced and only something in it cannot, cuts of the root's own operations are
+    made in a graph of the root, which calls what was replaced.
 
     Args:
         base: A tree of its own; it is changed.
         cuts: What to splice in.
         modules: The modules to splice in, by name.
-        failure: Why the root cannot be traced.
+        failure: Why the root cannot be traced as deep as the cuts need.
+        given: Arguments of the root's forward that stay arguments though they have a default.
 
     Returns:
-        ``base``, its root as before; with heads, a network that calls it and then the heads, on values that
-        are tapped inside.
+        ``base``, its root as before where nothing of its own is cut; with heads, a network that calls it and
+        then the heads, on values that are tapped inside.
 
     Raises:
         TracingError: Nothing around a point can be traced.
@@ -46,19 +54,37 @@ def splice_inside(
     heads = [replace(cut, kind="tapped") for cut in cuts if cut.is_head]
     inner = [cut for cut in cuts if not cut.is_head] + [tap for head in heads for tap in _taps(head)]
     hosts: dict[str, list[Cut]] = {}
+    outer: list[Cut] = []
     for cut in inner:
-        hosts.setdefault(_host(base, cut, failure), []).append(cut)
+        try:
+            hosts.setdefault(_host(base, cut, failure), []).append(cut)
+        except TracingError:
+            if heads or not _can_be_cut(base, cut, given):
+                raise
+            outer.append(cut)
     for host in sorted(hosts, key=len, reverse=True):  # a host inside another one joins it
-        outer = next((other for other in hosts if host.startswith(f"{other}.")), None)
-        if outer is not None and not all(_is_output_of(outer, cut) for cut in hosts[outer]):
-            hosts[outer] += hosts.pop(host)
+        around = next((other for other in hosts if host.startswith(f"{other}.")), None)
+        if around is not None and not all(_is_output_of(around, cut) for cut in hosts[around]):
+            hosts[around] += hosts.pop(host)
     for host in sorted(hosts, key=len, reverse=True):
         parent, _, name = host.rpartition(".")
         base.get_submodule(parent)._modules[name] = _spliced(base, host, hosts[host], modules)
+    if outer:
+        own = {cut.module: modules[cut.module] for cut in outer}
+        return SplicedModule(base, apply_cuts(base, outer, given=given), outer, own)
     if not heads:
         return base
     called = {head.module: modules[head.module] for head in heads}
     return SplicedModule(base, apply_cuts(base, heads), heads, called)
+
+
+def _can_be_cut(base: nn.Module, cut: Cut, given: Mapping[str, type] | None) -> bool:
+    """Whether a graph of the root can be made that has this cut."""
+    try:
+        apply_cuts(base, [cut], given=given)
+    except TracingError:
+        return False
+    return True
 
 
 def _spliced(base: nn.Module, path: str, cuts: Sequence[Cut], modules: Mapping[str, nn.Module]) -> nn.Module:
@@ -70,7 +96,7 @@ def _spliced(base: nn.Module, path: str, cuts: Sequence[Cut], modules: Mapping[s
             here = replace(here, module=free_name(cut.module, held, tree))
             held[here.module] = modules[cut.module]
         made.append(here)
-    return SplicedModule(tree, apply_cuts(tree, made), made, held)
+    return SplicedModule(tree, apply_cuts(tree, made, given=_arguments(base, path)), made, held)
 
 
 def _taps(head: Cut) -> Iterator[Cut]:
@@ -136,7 +162,7 @@ def _host(base: nn.Module, cut: Cut, failure: TracingError) -> str:
             break
         try:
             tree, made, _ = _inside(base, path)
-            apply_cuts(tree, [*made, _from_inside(cut, path)])
+            apply_cuts(tree, [*made, _from_inside(cut, path)], given=_arguments(base, path))
         except TracingError as error:
             reason = error
         except SurgeryError as error:
@@ -192,6 +218,12 @@ def _inside(base: nn.Module, path: str) -> tuple[nn.Module, list[Cut], dict[str,
         return share_copy(host), [], {}
     tree, held = host.taken_apart()
     return tree, list(host.cuts), held
+
+
+def _arguments(base: nn.Module, path: str) -> dict[str, type]:
+    """The arguments that an earlier surgery on the module at ``path`` kept."""
+    host = base.get_submodule(path)
+    return host.arguments if isinstance(host, SplicedModule) else {}
 
 
 def _from_inside(cut: Cut, path: str) -> Cut:

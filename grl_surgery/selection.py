@@ -12,7 +12,8 @@ from grl_surgery import points
 from grl_surgery.errors import PointNotFoundError, SurgeryError
 from grl_surgery.model_graph import ModelGraph, describe
 from grl_surgery.points import Edge, GraphNode
-from grl_surgery.tracing import is_building_block, module_paths, trace
+from grl_surgery.trace_copy import is_building_block
+from grl_surgery.tracing import module_paths, trace
 
 __all__ = ["Selector", "select_edges", "select_points"]
 

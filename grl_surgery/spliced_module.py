@@ -16,6 +16,7 @@ from grl_surgery.errors import TracingError
 from grl_surgery.points import Edge, escape
 from grl_surgery.reversal import GradientReversal
 from grl_surgery.sharing import share_copy
+from grl_surgery.tracer import KINDS, check_fixed, check_kind
 from grl_surgery.tracing import Flags, Trace
 
 __all__ = ["Cut", "SplicedModule", "free_name"]
@@ -200,6 +201,16 @@ class SplicedModule(fx.GraphModule):
         if "_graphs" in self.__dict__:  # GraphModule.__init__ comes before there is anything to write
             self._graphs[self._flags()] = graph
             self.recompile()
+
+    @property
+    def arguments(self) -> dict[str, type]:
+        """The classes of those arguments of forward that stayed arguments though they may have a default."""
+        kept: dict[str, type] = {}
+        for node in next(iter(self._graphs.values())).nodes:
+            if node.op == "placeholder" and all(user.target is not check_fixed for user in node.users):
+                kinds = (KINDS[user.args[2]] for user in node.users if user.target is check_kind)
+                kept[str(node.target).lstrip("*")] = next(kinds, torch.Tensor)
+        return kept
 
     def _flags(self) -> Flags:
         """The flags that decide which graph runs."""

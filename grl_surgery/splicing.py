@@ -14,6 +14,7 @@ from torch import nn
 
 from grl_surgery.cutting import apply_cuts
 from grl_surgery.errors import SurgeryError, TracingError
+from grl_surgery.loading.inputs import as_arguments
 from grl_surgery.points import Edge, ancestors, near_names
 from grl_surgery.reversal import GradientReversal
 from grl_surgery.scoped import splice_inside
@@ -81,7 +82,7 @@ def insert_grl(
         name = _free_name(base, modules, place)
         modules[name] = on_same_device(GradientReversal(layer.coeff.clone()), base)
         cuts.append(Cut(keyword, place, name))  # type: ignore[arg-type]
-    return splice(base, cuts, modules, _given(base, example_inputs))
+    return splice(base, cuts, modules, arguments_kept(model, example_inputs))
 
 
 def _only_one(**selectors: Any) -> tuple[str, Any]:
@@ -141,24 +142,27 @@ def _free_name(model: nn.Module, modules: Mapping[str, nn.Module], place: str | 
     return free_name(name, modules, model)
 
 
-def _given(model: nn.Module, example_inputs: Any) -> list[str]:
-    """Names of the arguments of forward that the example inputs fill."""
+def arguments_kept(model: nn.Module, example_inputs: Any) -> dict[str, type]:
+    """The arguments of forward, with their classes, that earlier surgery kept or that example inputs fill."""
+    kept = dict(model.arguments) if isinstance(model, SplicedModule) and not model.is_opaque else {}
     if example_inputs is None:
-        return []
-    if isinstance(example_inputs, Mapping):
-        return [str(name) for name in example_inputs]
-    count = len(example_inputs) if isinstance(example_inputs, (tuple, list)) else 1
-    return list(inspect.signature(model.forward).parameters)[:count]
+        return kept
+    args, kwargs = as_arguments(example_inputs)
+    named = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
+    return kept | {name: type(value) for name, value in named.items()}
 
 
 def splice(
-    base: nn.Module, cuts: Sequence[Cut], modules: Mapping[str, nn.Module], given: Sequence[str] = ()
+    base: nn.Module,
+    cuts: Sequence[Cut],
+    modules: Mapping[str, nn.Module],
+    given: Mapping[str, type] | None = None,
 ) -> nn.Module:
     """The spliced network: as one graph if the root can be traced, else within the smallest modules."""
     try:
         return SplicedModule(base, apply_cuts(base, cuts, given=given), cuts, modules)
     except TracingError as error:
-        return splice_inside(base, cuts, modules, error)
+        return splice_inside(base, cuts, modules, error, given)
 
 
 # ------------------------------------------------------------------------------------------ reading, undoing
@@ -250,7 +254,9 @@ def _strip(model: nn.Module, prefix: str, names: Sequence[str]) -> nn.Module:
     tree = _strip_inside(tree, prefix, names)
     rest = [cut for cut in model.cuts if not _is_named(cut, prefix, names)]
     kept = {cut.module: modules[cut.module] for cut in rest if cut.kind != "tap"}
-    return SplicedModule(tree, apply_cuts(tree, rest), rest, kept) if rest else tree
+    if not rest:
+        return tree
+    return SplicedModule(tree, apply_cuts(tree, rest, given=model.arguments), rest, kept)
 
 
 def _strip_inside(tree: nn.Module, prefix: str, names: Sequence[str]) -> nn.Module:

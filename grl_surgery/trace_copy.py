@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from grl_surgery.sharing import share_copy
 
-__all__ = ["Flag", "trace_copy"]
+__all__ = ["Flag", "is_building_block", "trace_copy"]
 
 
 def trace_copy(model: nn.Module, opened: frozenset[str], mode: bool | None) -> nn.Module:
@@ -36,6 +36,13 @@ def trace_copy(model: nn.Module, opened: frozenset[str], mode: bool | None) -> n
         if not _is_list(module) and id(module) not in listed:
             module.__dict__["_modules"] = _Unlisted(module._modules)
     return copy
+
+
+def is_building_block(module: nn.Module) -> bool:
+    """Whether a module is one of torch's own layers (a container is not): nobody looks inside those."""
+    return type(module).__module__.startswith("torch.nn.modules") and not isinstance(
+        module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    )
 
 
 def _children(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

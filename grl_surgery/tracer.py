@@ -9,7 +9,7 @@ import operator
 import os
 import sys
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from types import FrameType, FunctionType, ModuleType
 from typing import Any
 
@@ -18,15 +18,19 @@ from torch import fx, nn
 
 from grl_surgery.errors import TracingError
 from grl_surgery.points import escape
-from grl_surgery.trace_copy import Flag
+from grl_surgery.reversal import GradientReversal
+from grl_surgery.trace_copy import Flag, is_building_block
 
 __all__ = [
     "IN_PLACE",
+    "KINDS",
     "KeywordOnlyCodeGen",
     "Stopped",
     "Tracer",
+    "Unseen",
     "boundary",
     "check_fixed",
+    "check_kind",
     "is_item",
     "operation",
 ]
@@ -56,13 +60,45 @@ def check_fixed(value: Any, name: str, default: Any) -> Any:
     )
 
 
+def check_kind(value: Any, name: str, kind: str) -> Any:
+    """Refuse another kind of value than the one that forward was told when it asked."""
+    if isinstance(value, (fx.Proxy, KINDS[kind])):
+        return value
+    raise TracingError(
+        f"forward looks at what kind of value {name!r} is, so surgery fixed it as a {kind}; "
+        f"got a {type(value).__name__}",
+        example="insert_grl(model, ..., example_inputs=...) with values as forward will get them",
+    )
+
+
+# What an argument may be taken for where a forward asks; a class stands in a graph by its name.
+KINDS = {kind.__name__: kind for kind in (torch.Tensor, bool, int, float, str, dict, list, tuple, object)}
+
 _FIXED = (bool, str, type(None))
 _NUMBERS = (int, float, complex)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+class Unseen(Exception):
+    """The forward of ``asking`` looks into a value that comes out of a module which stayed one call."""
+
+    def __init__(self, path: str, asking: str) -> None:
+        super().__init__(f"it looks into the value of {path!r}, whose forward was not traced through")
+        self.path, self.asking = path, asking
+
+
 class _Value(fx.Proxy):
     """A value of the forward. ``x += y`` overwrites it, which torch.fx would write down as ``x = x + y``."""
+
+    tracer: Tracer
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.look_into(self.node)
+        raise TypeError("an item of a value is assigned, and a graph would leave the value as it is")
+
+    def __len__(self) -> int:
+        self.tracer.look_into(self.node)
+        return super().__len__()
 
 
 def _in_place(target: Callable[[Any, Any], Any]) -> Callable[[_Value, Any], fx.Proxy]:
@@ -107,7 +143,7 @@ class Tracer(fx.Tracer):
         self,
         model: nn.Module,
         opened: frozenset[str],
-        given: Collection[str],
+        given: Mapping[str, type],
         constants: dict[str, torch.Tensor],
         numbers_fixed: bool,
         whole: tuple[FunctionType | ModuleType, ...],
@@ -224,6 +260,37 @@ class Tracer(fx.Tracer):
         """What stands for the node's value while the forward runs."""
         return _Value(node, self)
 
+    def look_into(self, node: fx.Node) -> None:
+        """Refuse a value that comes out of a module which could be traced through as well.
+
+        Raises:
+            Unseen: It does.
+        """
+        while node.target is boundary or is_item(node):
+            node = node.args[0]  # type: ignore[assignment]
+        if node.op == "call_module":
+            module = self.root.get_submodule(str(node.target))
+            if not isinstance(module, GradientReversal) and not is_building_block(module):
+                raise Unseen(str(node.target), self.inside[-1])
+
+    def kind_of_argument(self, node: fx.Node) -> type:
+        """What an argument is taken for, and has to be: a tensor, unless the example inputs say otherwise."""
+        name = str(node.target)
+        given = self.given.get(name, torch.Tensor)
+        kind = next(kind for kind in KINDS if issubclass(given, KINDS[kind]))
+        if all(user.target is not check_kind for user in node.users):
+            check = self.create_node("call_function", check_kind, (node, name, kind), {})
+            del check.meta["base"]  # no point: nothing flows through it
+        return KINDS[kind]
+
+    def iter(self, obj: fx.Proxy) -> Any:
+        """The items of a value, where the line of code says how many there are."""
+        try:
+            return super().iter(obj)
+        except fx.proxy.TraceError:
+            self.look_into(obj.node)
+            raise
+
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         """A proxy for each parameter and buffer; a mode flag as it is, but noticed."""
         if threading.get_ident() != self.thread:
@@ -240,6 +307,8 @@ class Tracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """What stands for a value in a node's arguments."""
+        if isinstance(a, nn.Module):
+            return self.create_node("get_attr", self.path_of_module(a), (), {})
         if isinstance(a, torch.Tensor):
             return self.constant(a)
         if isinstance(a, dict) and type(a) is not dict:

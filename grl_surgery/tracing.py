@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import traceback
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType, ModuleType
 from typing import Any
@@ -18,11 +18,12 @@ from grl_surgery.errors import TracingError
 from grl_surgery.function_calls import functions_kept
 from grl_surgery.generators import random_state_kept
 from grl_surgery.in_place import follow
-from grl_surgery.points import escape, number
+from grl_surgery.kinds import kinds_answered
+from grl_surgery.points import ancestors, escape, number
 from grl_surgery.trace_copy import trace_copy
-from grl_surgery.tracer import TORCH, Stopped, Tracer, is_item
+from grl_surgery.tracer import TORCH, Stopped, Tracer, Unseen, is_item
 
-__all__ = ["Trace", "is_building_block", "module_paths", "trace"]
+__all__ = ["Trace", "around_aliases", "module_paths", "trace"]
 
 Flags = tuple[bool, ...]
 
@@ -66,11 +67,35 @@ def module_paths(model: nn.Module) -> dict[str, str]:
     return paths
 
 
+def around_aliases(paths: Mapping[str, str], names: Collection[str]) -> set[str]:
+    """What encloses these modules wherever else in the tree they lie.
+
+    A shared module is called from any of its places. Where one of these is not traced through, its calls
+    are missing there, and the others are numbered as nowhere else.
+
+    Args:
+        paths: From every module's name to its first path, as :func:`module_paths` gives it.
+        names: Of modules.
+    """
+    places: dict[str, list[str]] = {}
+    if len(paths) == len(set(paths.values())):
+        return set()
+    for alias, first in paths.items():
+        places.setdefault(first, []).append(alias)
+    found: set[str] = set()
+    waiting = list(names)
+    while waiting:
+        around = {path for alias in places[paths[waiting.pop()]] for path in ancestors(alias)}
+        waiting += around - found
+        found |= around
+    return found
+
+
 def trace(
     model: nn.Module,
     opened: Collection[str],
     *,
-    given: Collection[str] = (),
+    given: Mapping[str, type] | None = None,
     lenient: bool = False,
 ) -> Trace:
     """Trace the forwards of the ``opened`` modules; every other module stays one call.
@@ -80,22 +105,37 @@ def trace(
     Args:
         model: Root of the network.
         opened: Paths of the modules to trace through; the root is always among them.
-        given: Names of arguments of the root's forward that callers will pass, though they have a default.
+        given: Arguments of the root's forward that callers will pass, and of which class; they stay arguments
+            though they have a default.
         lenient: Where a module's forward cannot be traced, keep the module as one call instead of failing.
 
     Raises:
         TracingError: A forward cannot be traced. It names the module and what stopped it.
     """
-    # A part of an earlier surgery whose own forward runs has no code of ours to trace.
-    opened = {"", *(path for path in opened if not getattr(model.get_submodule(path), "is_opaque", False))}
+    wanted = {"", *opened}
+    opened = {path for path in wanted if _can_be_opened(model, path)}
+    closed: set[str] = set()
     while True:
         try:
-            return _trace_modes(model, frozenset(opened), given)
-        except Stopped as stop:
-            if not (lenient and stop.path):
-                raise TracingError(str(stop), example=_way_out(stop.path)) from stop.__cause__
-            inside = f"{stop.path}."
-            opened = {path for path in opened if path != stop.path and not path.startswith(inside)}
+            return _trace_modes(model, frozenset(opened), given or {})
+        except Unseen as unseen:
+            if unseen.path not in closed and _can_be_opened(model, unseen.path):
+                opened.add(unseen.path)
+                continue
+            stop = Stopped(str(unseen), unseen.asking)
+        except Stopped as stopped:
+            stop = stopped
+        if not stop.path or (stop.path in wanted and not lenient):
+            raise TracingError(str(stop), example=_way_out(stop.path)) from stop.__cause__
+        closed.add(stop.path)
+        inside = f"{stop.path}."
+        opened = {path for path in opened if path != stop.path and not path.startswith(inside)}
+
+
+def _can_be_opened(model: nn.Module, path: str) -> bool:
+    """A part of an earlier surgery whose own forward runs has no code of ours to trace."""
+    module = model.get_submodule(path)
+    return not path or not (getattr(module, "is_opaque", False) or isinstance(module, torch.jit.ScriptModule))
 
 
 def _way_out(path: str) -> str:
@@ -103,7 +143,7 @@ def _way_out(path: str) -> str:
     return f"{whole} needs no trace of that forward"
 
 
-def _trace_modes(model: nn.Module, opened: frozenset[str], given: Collection[str]) -> Trace:
+def _trace_modes(model: nn.Module, opened: frozenset[str], given: Mapping[str, type]) -> Trace:
     """Trace as the flags are now and, if a forward looks at them, with all on and all off as well."""
     constants: dict[str, torch.Tensor] = {}
     graph, read = _trace_once(model, opened, given, constants)
@@ -175,20 +215,13 @@ def _base(node: fx.Node) -> str:
     return f"{source.meta['point']}[{key}]"  # type: ignore[union-attr]
 
 
-def is_building_block(module: nn.Module) -> bool:
-    """Whether a module is one of torch's own layers (a container is not): nobody looks inside those."""
-    return type(module).__module__.startswith("torch.nn.modules") and not isinstance(
-        module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-    )
-
-
 # ------------------------------------------------------------------------------------------ one trace
 
 
 def _trace_once(
     model: nn.Module,
     opened: frozenset[str],
-    given: Collection[str],
+    given: Mapping[str, type],
     constants: dict[str, torch.Tensor],
     mode: bool | None = None,
     numbers_fixed: bool = False,
@@ -203,10 +236,12 @@ def _trace_once(
     with random_state_kept() as moved:
         tracer = Tracer(model, opened, given, constants, numbers_fixed, whole, moved)
         try:
-            with functions_kept(tracer):
+            with functions_kept(tracer), kinds_answered(type(model.get_submodule(p)) for p in opened):
                 graph = tracer.trace(trace_copy(model, opened, mode))
             follow(model, graph)
             return graph, tracer.steering
+        except Unseen:
+            raise
         except Exception as error:  # user code runs in here: anything can come out of it
             function = _function_that_failed(error)
             if isinstance(error, (TypeError, fx.proxy.TraceError)) and math not in whole:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +23,7 @@ from grl_surgery.points import escape
 from grl_surgery.schedules import Schedule
 from grl_surgery.sharing import share_copy
 from grl_surgery.spliced_module import Cut
-from grl_surgery.splicing import check_model, patient, splice
+from grl_surgery.splicing import arguments_kept, check_model, patient, splice
 from grl_surgery.tracing import trace
 
 __all__ = ["adopt", "adopt_unsurveyed"]
@@ -238,7 +236,7 @@ def _with_calls(model: nn.Module, site: Site, inputs: Any) -> tuple[nn.Module, l
         modules[name] = AdoptedReversal(_coeff(site)).train(base.training)
         cuts.append(Cut("instead", points[at], name))
         names.append(name)
-    return splice(base, cuts, modules, _given(base, inputs)), names
+    return splice(base, cuts, modules, arguments_kept(model, inputs)), names
 
 
 def _points(base: nn.Module, site: Site) -> list[str]:
@@ -285,14 +283,6 @@ def _free_name(base: nn.Module, modules: dict[str, nn.Module], point: str) -> st
     name = "grl_" + re.sub(r"\W+", "_", point).strip("_")
     taken = [name, *(f"{name}_{count}" for count in range(2, 1000))]
     return next(free for free in taken if free not in modules and not hasattr(base, free))
-
-
-def _given(base: nn.Module, inputs: Any) -> Sequence[str]:
-    """Names of the arguments of forward that the inputs fill."""
-    if isinstance(inputs, dict):
-        return [str(name) for name in inputs]
-    count = len(inputs) if isinstance(inputs, tuple) else 1
-    return list(inspect.signature(base.forward).parameters)[:count]
 
 
 # ---------------------------------------------------------------------------------------------- the report

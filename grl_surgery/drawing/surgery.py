@@ -58,7 +58,7 @@ def forward_diff(part: SplicedModule, name: str = "forward") -> str:
         +    grl_0 = self.grl_0(_0)
     """
     original, _ = part.taken_apart()
-    plain = apply_cuts(original, [], opened=modules_to_open(original, part.cuts))
+    plain = apply_cuts(original, [], opened=modules_to_open(original, part.cuts), given=part.arguments)
     flags = tuple(original.get_submodule(path).training for path in plain.steering)
     before = plain.graphs.get(flags) or next(iter(plain.graphs.values()))
     lines = difflib.unified_diff(

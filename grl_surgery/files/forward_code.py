@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from grl_surgery.tracer import check_fixed
+from grl_surgery.tracer import check_fixed, check_kind
 
 __all__ = ["forward_lines"]
 
@@ -49,6 +49,8 @@ def _without_checks(graph: fx.Graph) -> fx.Graph:
             argument: Any = node.args[0]
             plain.erase_node(node)
             plain.erase_node(argument)
+        elif node.target is check_kind:
+            plain.erase_node(node)
     return plain
 
 

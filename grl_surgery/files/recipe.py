@@ -24,7 +24,6 @@ from grl_surgery.reversal import GradientReversal
 from grl_surgery.sharing import share_copy
 from grl_surgery.spliced_module import Cut, SplicedModule
 from grl_surgery.splicing import reversals, strip
-from grl_surgery.tracer import check_fixed
 
 __all__ = ["FORMAT", "Recipe", "coefficients", "describe", "rebuild", "same_tensors", "tied"]
 
@@ -81,7 +80,7 @@ def _part(path: str, part: SplicedModule) -> dict[str, Any]:
         "path": path,
         "cuts": [_cut_data(cut) for cut in part.cuts],
         "heads": {cut.module: _head_data(part, cut) for cut in part.cuts if cut.is_head},
-        "arguments": _arguments(part),
+        "arguments": list(part.arguments),
         "graph": _all_lines(part),
     }
 
@@ -94,13 +93,6 @@ def _cut_data(cut: Cut) -> dict[str, Any]:
 def _head_data(part: SplicedModule, cut: Cut) -> dict[str, Any]:
     head = part.get_submodule(cut.module)
     return {"class": f"{type(head).__module__}.{type(head).__qualname__}", "settings": describe_head(head)}
-
-
-def _arguments(part: SplicedModule) -> list[str]:
-    """Arguments of forward that stayed arguments, though they may have a default."""
-    nodes = next(iter(part._graphs.values())).nodes
-    kept = (n for n in nodes if n.op == "placeholder" and all(u.target is not check_fixed for u in n.users))
-    return [str(node.target).lstrip("*") for node in kept]
 
 
 def coefficients(model: nn.Module) -> dict[str, Any]:
@@ -319,7 +311,7 @@ def _replay(recipe: Recipe, base: nn.Module, own_heads: Mapping[str, nn.Module],
         host = tree.get_submodule(path)
         cuts = [_cut(data) for data in each(field(part, "cuts", list), dict, "'cuts'")]
         made = _made(host, cuts, field(part, "heads", dict), own_heads)
-        given = each(field(part, "arguments", list), str, "'arguments'")
+        given = dict.fromkeys(each(field(part, "arguments", list), str, "'arguments'"), torch.Tensor)
         spliced = SplicedModule(host, apply_cuts(host, cuts, given=given), cuts, made)
         lines = each(field(part, "graph", list), str, "'graph'")
         _compare_lines(lines, _all_lines(spliced), "the graph is", changed)

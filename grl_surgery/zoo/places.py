@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,8 +13,9 @@ from torch import fx, nn
 from grl_surgery.errors import TracingError
 from grl_surgery.links import links, origin
 from grl_surgery.points import Edge, escape
+from grl_surgery.trace_copy import is_building_block
 from grl_surgery.tracer import boundary, operation
-from grl_surgery.tracing import is_building_block, trace
+from grl_surgery.tracing import around_aliases, module_paths, trace
 
 __all__ = ["Place", "Survey", "survey"]
 
@@ -44,7 +46,8 @@ class Survey:
 
     Args:
         points: Number of points seen: two levels of modules, and blocks of the middle stage all the way down.
-        root: ``traced``; or ``inside``, where only modules in it can be.
+        root: ``traced``; or ``inside``, where the stages lie in modules that can be, and around them is one
+            that cannot.
         places: The cuts to try.
     """
 
@@ -69,6 +72,7 @@ class _Region:
 
     path: str
     names: list[str]
+    closed: set[str]  # paths of modules that cannot be
     steps: list[_Step]
     items: dict[str, str]  # of modules that return several tensors, the first one: "[0]"
 
@@ -97,20 +101,24 @@ def survey(model: nn.Module) -> Survey:
         regions[middle.region] = _region(model, middle.region, None)
     places = _choose(chosen, items, regions[middle.region].steps)
     points = sum(len(region.names) for region in regions.values())
-    return Survey(points, "traced" if "" in regions else "inside", tuple(places))
+    root: Literal["traced", "inside"] = "traced" if {step.region for step in chosen} == {""} else "inside"
+    return Survey(points, root, tuple(places))
 
 
 # ------------------------------------------------------------------------------------------- what there is
 
 
 def _regions(model: nn.Module, path: str) -> Iterator[_Region]:
-    """The module at ``path``, two levels deep; where it cannot be traced, the modules in it."""
-    try:
-        yield _region(model, path, "")
-    except TracingError:
-        for name, child in model.get_submodule(path).named_children():
+    """The module at ``path``, two levels deep; the modules in what cannot be traced of it."""
+    closed = {path}
+    with contextlib.suppress(TracingError):
+        region = _region(model, path, "")
+        yield region
+        closed = region.closed
+    for outer in sorted(closed):
+        for name, child in model.get_submodule(outer).named_children():
             if not is_building_block(child):
-                yield from _regions(model, f"{path}.{name}" if path else name)
+                yield from _regions(model, f"{outer}.{name}" if outer else name)
 
 
 def _region(model: nn.Module, path: str, down: str | None, also: Sequence[str] = ()) -> _Region:
@@ -129,24 +137,37 @@ def _region(model: nn.Module, path: str, down: str | None, also: Sequence[str] =
         if not is_building_block(child)
         and (down is None or "." not in name or (inside and _within(name, inside)) or name in others)
     }
+    paths = module_paths(module)
+    names = {name for name in paths if name.rpartition(".")[0] in opened}
+    opened |= {paths[around] for around in around_aliases(paths, names)}
     traced = trace(module, opened, lenient=True)
     graph = _common(list(traced.graphs.values()))
+    used = _used(graph)
     items: dict[str, str] = {}
-    for node in graph.nodes:
-        for name, item in _first_item(node):
+    for node in used:
+        for name, item in _first_item(node, used):
             items.setdefault(prefix + name, item)
-    return _Region(path, traced.names(), list(_steps(module, path, prefix, graph)), items)
+    closed = {f"{path}.{name}" if path else name for name in opened - traced.opened}
+    return _Region(path, traced.names(), closed, list(_steps(module, path, prefix, used)), items)
 
 
-def _first_item(node: fx.Node) -> Iterator[tuple[str, str]]:
+def _used(graph: fx.Graph) -> dict[fx.Node, None]:
+    """The nodes, in order, on which what the graph returns depends."""
+    used: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op == "output" or not used.isdisjoint(node.users):
+            used.add(node)
+    return dict.fromkeys(node for node in graph.nodes if node in used)
+
+
+def _first_item(node: fx.Node, used: Collection[fx.Node]) -> Iterator[tuple[str, str]]:
     """The first of several tensors that a module returns and somebody uses, by its mark or by the use."""
     if node.op != "call_module" and node.meta.get("boundary") != "out":
         return
     if node.meta.get("items"):
-        if node.users:
-            yield node.meta["point"], "".join(f"[{key}]" for key in node.meta["items"])
+        yield node.meta["point"], "".join(f"[{key}]" for key in node.meta["items"])
         return
-    keys = [user.args[1] for user in _users(node) if user.target is operator.getitem]
+    keys = [user.args[1] for user in _users(node) if user in used and user.target is operator.getitem]
     yield from ((node.meta["point"], f"[{key}]") for key in keys[:1] if isinstance(key, (int, str)))
 
 
@@ -174,9 +195,9 @@ def _common(graphs: Sequence[fx.Graph]) -> fx.Graph:
     return first
 
 
-def _steps(module: nn.Module, path: str, prefix: str, graph: fx.Graph) -> Iterator[_Step]:
+def _steps(module: nn.Module, path: str, prefix: str, nodes: Iterable[fx.Node]) -> Iterator[_Step]:
     features: set[fx.Node] = set()
-    for node in graph.nodes:
+    for node in nodes:
         if not _carries_features(node, features):
             continue
         features.add(node)
@@ -212,7 +233,7 @@ def _kind(root: nn.Module, node: fx.Node) -> Literal["stage", "layer", "operatio
 
 def _joined(node: fx.Node, prefix: str, features: set[fx.Node]) -> Iterator[Edge]:
     """The edges into an operation that joins several features; nothing for any other operation."""
-    if len(features.intersection(node.all_input_nodes)) > 1:
+    if operation(node) in _JOINS and len(features.intersection(node.all_input_nodes)) > 1:
         for arg, source in links(node):
             if source in features:
                 yield Edge(prefix + origin(source).meta["point"], prefix + node.meta["point"], arg)
@@ -242,6 +263,7 @@ _OPERATIONS = (
     "reshape",
     "view",
 )
+_JOINS = frozenset([*_OPERATIONS[:7], "sub", "stack"])
 _KEPT = frozenset([*_OPERATIONS, "getitem", "chunk", "split", "unbind", "dropout", "contiguous", "to"])
 
 

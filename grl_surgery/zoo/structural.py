@@ -16,7 +16,7 @@ from torch import nn
 from grl_surgery.loading.downloads import one_line
 from grl_surgery.measurement import tensors_in
 from grl_surgery.models import load_model
-from grl_surgery.oracle import Factors, HookReversal, in_words, predict, with_reversals
+from grl_surgery.oracle import Factors, HookReversal, in_words, predict, shows_all, with_reversals
 from grl_surgery.points import Edge
 from grl_surgery.spliced_module import SplicedModule
 from grl_surgery.splicing import insert_grl, reversals, strip
@@ -154,7 +154,7 @@ def _check_paths(model: nn.Module, found: Survey) -> None:
 
 def _predicted(oracle: nn.Module, places: Sequence[Place]) -> dict[Place, Signs]:
     """What the graph says of each reversal alone; nothing where the root is no graph."""
-    if not isinstance(oracle, SplicedModule):
+    if not shows_all(oracle):
         return {place: {} for place in places}
     cuts = oracle.cuts
     found = {}
