@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import builtins
 import contextlib
-import functools
 import weakref
 from collections.abc import Iterable, Iterator
 from types import CodeType, FunctionType
@@ -42,10 +41,11 @@ def kinds_answered(kinds: Iterable[type[nn.Module]]) -> Iterator[None]:
 
 
 def _isinstance(value: Any, kinds: Any) -> bool:
-    if builtins.isinstance(value, kinds):
-        return True
     traced = builtins.isinstance(value, fx.Proxy) and builtins.isinstance(value.tracer, Tracer)
-    return traced and issubclass(_kind_of(value.node, value.tracer), kinds)
+    asks_for_proxy = kinds is fx.Proxy or (builtins.isinstance(kinds, tuple) and fx.Proxy in kinds)
+    if not traced or asks_for_proxy:
+        return builtins.isinstance(value, kinds)
+    return issubclass(_kind_of(value.node, value.tracer), kinds)
 
 
 # --------------------------------------------------------------------------------------- where it is asked
@@ -98,7 +98,7 @@ def _kind_of(node: fx.Node, tracer: Tracer) -> type:
     if node.op == "placeholder":
         return tracer.kind_of_argument(node)
     if node.op == "get_attr":
-        return type(functools.reduce(getattr, str(node.target).split("."), tracer.root))
+        return node.meta.get("kind", torch.Tensor)  # type: ignore[no-any-return]
     tracer.look_into(node)
     if node.op == "call_module":
         layer = tracer.root.get_submodule(str(node.target))
@@ -116,8 +116,9 @@ def _kind_of_size(node: fx.Node) -> type:
         return {"dtype": torch.dtype, "device": torch.device, "layout": torch.layout}[name]
     if name in ("requires_grad", "is_cuda"):
         return bool
-    several = name == "stride" or (name == "getitem" and isinstance(node.args[1], slice))
-    return tuple if several else float if name == "truediv" else int
+    if name == "getitem" and isinstance(node.args[1], slice):
+        return _kind_of_size(origin(node.args[0]))  # type: ignore[arg-type]
+    return tuple if name == "stride" else float if name == "truediv" else int
 
 
 # Layers and operations that return a tuple of tensors.

@@ -44,6 +44,14 @@ class Stopped(Exception):
         self.path = path
 
 
+class Unseen(Stopped):
+    """It looked into a value of the module called ``hidden``, which stayed one call."""
+
+    def __init__(self, message: str, path: str, hidden: str) -> None:
+        super().__init__(message, path)
+        self.hidden = hidden
+
+
 def boundary(value: Any) -> Any:
     """Marks in a graph where a value enters or leaves a traced module; taken out before the graph runs."""
     return value
@@ -77,14 +85,6 @@ KINDS = {kind.__name__: kind for kind in (torch.Tensor, bool, int, float, str, d
 _FIXED = (bool, str, type(None))
 _NUMBERS = (int, float, complex)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-class Unseen(Exception):
-    """The forward of ``asking`` looks into a value that comes out of a module which stayed one call."""
-
-    def __init__(self, path: str, asking: str) -> None:
-        super().__init__(f"it looks into the value of {path!r}, whose forward was not traced through")
-        self.path, self.asking = path, asking
 
 
 class _Value(fx.Proxy):
@@ -271,7 +271,8 @@ class Tracer(fx.Tracer):
         if node.op == "call_module":
             module = self.root.get_submodule(str(node.target))
             if not isinstance(module, GradientReversal) and not is_building_block(module):
-                raise Unseen(str(node.target), self.inside[-1])
+                reason = f"it looks into the value of {node.target!r}, whose forward was not traced through"
+                raise Unseen(str(self.stopped(RuntimeError(reason))), self.inside[-1], str(node.target))
 
     def kind_of_argument(self, node: fx.Node) -> type:
         """What an argument is taken for, and has to be: a tensor, unless the example inputs say otherwise."""
@@ -302,7 +303,9 @@ class Tracer(fx.Tracer):
         if name is None:
             return super().getattr(attr, attr_val, parameter_proxy_cache)
         if name not in parameter_proxy_cache:
-            parameter_proxy_cache[name] = _Stored(self.create_node("get_attr", name, (), {}), self, attr_val)
+            node = self.create_node("get_attr", name, (), {})
+            node.meta["kind"] = type(attr_val)
+            parameter_proxy_cache[name] = _Stored(node, self, attr_val)
         return parameter_proxy_cache[name]
 
     def create_arg(self, a: Any) -> Any:

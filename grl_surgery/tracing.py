@@ -118,13 +118,11 @@ def trace(
     while True:
         try:
             return _trace_modes(model, frozenset(opened), given or {})
-        except Unseen as unseen:
-            if unseen.path not in closed and _can_be_opened(model, unseen.path):
-                opened.add(unseen.path)
-                continue
-            stop = Stopped(str(unseen), unseen.asking)
         except Stopped as stopped:
             stop = stopped
+        if isinstance(stop, Unseen) and stop.hidden not in closed and _can_be_opened(model, stop.hidden):
+            opened.add(stop.hidden)
+            continue
         if not stop.path or (stop.path in wanted and not lenient):
             raise TracingError(str(stop), example=_way_out(stop.path)) from stop.__cause__
         closed.add(stop.path)

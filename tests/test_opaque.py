@@ -410,3 +410,47 @@ class Doubles(nn.Module):
     def forward(self, x):
         assert x.is_floating_point()
         return x * 2
+
+
+class Layers(nn.ModuleDict):
+    """Calls its children in order; it offers more than a forward, which a graph would not."""
+
+    def forward(self, x):
+        for layer in self.values():
+            x = layer(x)
+        return x
+
+
+class Skip(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return x + self.inner(x)
+
+
+class Decides(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Layers({"first": Skip(), "second": Skip()})
+
+    def forward(self, x):
+        return self.body(x) if x.sum() > -1e9 else x
+
+
+def test_a_reversal_of_what_leaves_a_module_survives_a_later_cut_around_it():
+    model, x = Decides(), torch.randn(3, 6)
+    spliced = gs.insert_grl(model, after="body.second")
+    spliced = gs.insert_grl(spliced, after="body.second.add")
+    spliced = gs.insert_grl(spliced, edge=("body.first", "body.second.add"))
+    assert len(gs.reversals(spliced)) == 3
+    report = gs.verify_flip(spliced, model, (x,))
+    assert report.ok, report
+    # Two reversals in a row cancel; the third is on one of the two ways to the first block.
+    assert {row.name: row.measured for row in report.parameters} == {
+        "body.first.inner.weight": "mixed",
+        "body.first.inner.bias": "mixed",
+        "body.second.inner.weight": "unchanged",
+        "body.second.inner.bias": "unchanged",
+    }

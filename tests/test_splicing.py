@@ -684,3 +684,89 @@ def test_a_field_of_a_named_tuple_is_the_same_point_when_its_block_is_opened():
 class Fields(NamedTuple):
     first: torch.Tensor
     second: torch.Tensor
+
+
+class PassesOn(nn.Module):
+    """Stochastic depth that is switched off returns what it was given."""
+
+    def forward(self, x):
+        return x
+
+
+class Skips(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.drop = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), PassesOn()
+
+    def forward(self, x):
+        return x + self.drop(self.mix(x))
+
+
+def test_an_edge_is_found_behind_a_module_that_passes_its_input_on():
+    model, x = Skips(), vector()
+    edges = [str(edge) for edge in gs.graph(model, depth=None).edges]
+    assert "mix.1 -> add" in edges
+    spliced = gs.insert_grl(model, edge="mix.1 -> add")
+    assert gs.verify_flip(spliced, model, (x,)).ok
+    other = gs.insert_grl(model, edge="drop -> add")
+    assert_same_gradients(gradients(spliced, x), gradients(other, x))
+    with pytest.raises(gs.PointNotFoundError, match=r"'add' does not use the value of 'mix.0'"):
+        gs.insert_grl(model, edge="mix.0 -> add")
+
+
+class SharedDeep(nn.Module):
+    """One encoding that two blocks call, and that the root holds under a name of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoding = Skips()
+        self.blocks = nn.ModuleList([Caller(self.encoding), Caller(self.encoding)])
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Caller(nn.Module):
+    def __init__(self, encoding) -> None:
+        super().__init__()
+        self.encoding = encoding
+
+    def forward(self, x):
+        return self.encoding(x) * 2
+
+
+def test_calls_of_a_shared_module_are_numbered_alike_however_deep_the_trace():
+    model, x = SharedDeep(), vector()
+    assert "encoding.add#1" in names(model, depth=None)
+    for point in ("encoding#2", "encoding.add#1"):
+        assert gs.verify_flip(gs.insert_grl(model, after=point), model, (x,)).ok
+    with pytest.raises(gs.AmbiguousPointError, match="called 2 times"):
+        gs.insert_grl(model, after="encoding")
+
+
+class PartlyTraceable(nn.Module):
+    """The root can be traced; its encoder, which looks at values, cannot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.fc = Untraceable(), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.fc(self.encoder(x).exp())
+
+
+@pytest.mark.parametrize("points", [["exp", "encoder.body.stage1"], ["encoder.body.stage1", "exp"]])
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_cut_of_the_root_and_one_in_a_part_that_cannot_be_traced_go_together(points, at_once):
+    model, x = PartlyTraceable().eval(), image()
+    spliced = model
+    for group in [points] if at_once else [[point] for point in points]:
+        spliced = gs.insert_grl(spliced, after=group)
+    assert len(gs.reversals(spliced)) == 2
+    assert gs.verify_flip(spliced, model, (x,)).ok
+    assert type(gs.strip(spliced)) is PartlyTraceable
+    rest = gs.strip(spliced, ["grl_exp"])
+    assert gs.verify_flip(rest, model, (x,)).ok
+    assert list(gs.reversals(rest)) != list(gs.reversals(spliced))

@@ -1,0 +1,195 @@
+"""What a traced forward is told when it asks what kind of value it got, and what is opened to know that."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+
+import pytest
+import torch
+from small_networks import Untraceable
+from torch import nn
+
+import grl_surgery as gs
+from grl_surgery.tracing import trace
+
+
+def flips(spliced, model, inputs):
+    """Same outputs, and the gradients that tensor hooks on the original would give."""
+    assert torch.equal(spliced(*inputs), model(*inputs))
+    report = gs.verify_flip(spliced, model, inputs)
+    assert report.ok, report
+    return report
+
+
+def as_list(x):
+    return x if isinstance(x, list) else [x]
+
+
+class AsksInAFunction(nn.Module):
+    """A batch is a list of one, as detectors and feature pyramids take it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        (y,) = as_list(x)
+        return self.last(self.first(y))
+
+
+class AsksForATensor(AsksInAFunction):
+    def forward(self, x):
+        if isinstance(x, torch.Tensor):
+            x = [x]
+        y = self.first(x[0])
+        if not torch.is_tensor(y):
+            y = y[0]
+        return self.last(y)
+
+
+@pytest.mark.parametrize("kind", [AsksInAFunction, AsksForATensor])
+def test_an_argument_is_a_tensor_to_a_forward_that_asks(kind):
+    model = kind()
+    spliced = gs.insert_grl(model, after="first")
+    assert [row.measured for row in flips(spliced, model, (torch.randn(3, 4),)).parameters] == [
+        *("flipped", "flipped", "unchanged", "unchanged")
+    ]
+
+
+def test_another_kind_of_argument_than_the_trace_assumed_is_refused():
+    spliced = gs.insert_grl(AsksForATensor(), after="first")
+    with pytest.raises(gs.TracingError, match="value 'x' is, so surgery fixed it as a Tensor; got a list"):
+        spliced([torch.randn(3, 4)])
+
+
+def test_the_example_inputs_say_that_an_argument_is_a_list():
+    model, given = AsksForATensor(), ([torch.randn(3, 4)],)
+    spliced = gs.insert_grl(model, after="first", example_inputs=given)
+    flips(spliced, model, given)
+    flips(gs.insert_grl(spliced, after="last"), model, given)  # the second surgery still knows
+    with pytest.raises(gs.TracingError, match="fixed it as a list; got a Tensor"):
+        spliced(torch.randn(3, 4))
+
+
+def test_an_argument_that_one_surgery_kept_is_kept_by_the_next_and_by_strip():
+    class Optional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x, mask=None):
+            x = self.a(x)
+            return self.b(x if mask is None else x * mask)
+
+    model, inputs = Optional(), (torch.randn(3, 4), torch.rand(3, 4))
+    spliced = gs.insert_grl(gs.insert_grl(model, after="a", example_inputs=inputs), after="b")
+    flips(spliced, model, inputs)
+    flips(gs.strip(spliced, ["grl_b"]), model, inputs)
+
+
+ANSWERS: list[bool] = []
+
+
+class Answers(nn.Module):
+    """Asks for the class of everything that a forward meets, and writes the answers down."""
+
+    kinds = (torch.Tensor, nn.Parameter, tuple, list, dict, int, float, torch.Size, torch.dtype, Iterable)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.lstm, self.pool = (
+            nn.Linear(4, 4),
+            nn.LSTM(4, 4),
+            nn.MaxPool1d(2, return_indices=True),
+        )
+        self.attention = nn.MultiheadAttention(4, 2)
+        self.register_buffer("scale", torch.ones(4))
+
+    def forward(self, x):
+        y = self.linear(x)
+        values = [x, y, y + 1, y[0], y.shape, y.shape[0], y.shape[1:], y.size(), y.size(0), y.stride()]
+        values += [
+            y.dim(),
+            y.shape[0] // 2,
+            y.shape[0] / 2,
+            y.dtype,
+            y.chunk(2),
+            y.chunk(2)[0],
+            [y],
+            {"y": y},
+        ]
+        values += [self.linear.weight, self.scale, self.lstm(y), self.lstm(y)[0], self.pool(y)]
+        values += [self.attention(y, y, y), y.topk(2), torch.split(y, 1)]
+        ANSWERS.extend(isinstance(value, kind) for value in values for kind in self.kinds)
+        return y
+
+
+def test_every_answer_is_the_one_that_the_running_network_would_get():
+    model = Answers()
+    ANSWERS.clear()
+    model(torch.randn(3, 2, 4))
+    eager = list(ANSWERS)
+    ANSWERS.clear()
+    trace(model, [""])
+    assert eager == ANSWERS
+
+
+class Block(nn.Module):
+    """Takes a tensor or a list and returns a list, as the blocks of SelecSLS do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Linear(4, 4)
+
+    def forward(self, x):
+        if not isinstance(x, list):
+            x = [x, x]
+        return [self.conv(x[0]) + x[1], x[0]]
+
+
+class Fused(nn.Module):
+    """Assigns to the items of a list that it is given, as the branches of HRNet do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+    def forward(self, x):
+        for place in range(len(x)):
+            x[place] = self.convs[place](x[place])
+        return sum(x)
+
+
+def test_a_module_whose_value_is_asked_about_is_traced_through_as_well():
+    model = nn.Sequential(Block(), Block(), Fused())
+    x = torch.randn(3, 4)
+    flips(gs.insert_grl(model, after="1.add"), model, (x,))
+    flips(gs.insert_grl(model, after="2.convs.1"), model, (x,))
+    assert trace(model, ["2"]).opened == {"", "0", "1", "2"}
+    assert trace(model, [""]).opened == {""}  # nobody asks
+
+
+def test_a_value_that_nobody_can_know_is_not_guessed():
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.block = Untraceable(), Block()
+
+        def forward(self, x):
+            return self.block(self.inner(x))[0]
+
+    model = Asks()
+    with pytest.raises(gs.TracingError, match=r"'block' .* looks into the value of 'inner', whose forward"):
+        gs.insert_grl(model, edge=("inner", "block.add"))
+    assert trace(model, ["", "block"], lenient=True).opened == {""}
+
+
+def test_no_isinstance_of_ours_is_left_in_a_file():
+    here = vars(sys.modules[__name__])
+    gs.insert_grl(AsksForATensor(), after="first")
+    with pytest.raises(gs.TracingError):
+        gs.insert_grl(Untraceable(), after="add")
+    assert "isinstance" not in here
+    assert "isinstance" not in vars(sys.modules[Untraceable.__module__])
+    assert torch.is_tensor.__module__ == "torch"
