@@ -108,6 +108,7 @@ class Value:
         self.memory, self.view, self.make, self.names = memory, view, make, tuple(names)
         self.same_tensor = [self]  # all values that are one tensor to Python
         self.before_reversal: Value | None = None
+        self.parent: Value | None = None  # what it was read out of, as a view or by a reversal
         self.successor: Value | None = None  # the tensor after an in-place operation
         self.version, self.tensor = memory.version, make()
         self.is_float = self.tensor.is_floating_point()
@@ -118,6 +119,20 @@ class Value:
         return self.tensor
 
     def write(self, tensor: torch.Tensor) -> None:
+        self._settle_reversals()
+        self._put(tensor)
+        self.memory.version += 1
+        self.version, self.tensor = self.memory.version, self.view(self.memory.tensor)
+
+    def _settle_reversals(self) -> None:
+        """What is written lies behind the reversals that led here: read again, it does not pass them again."""
+        if self.parent is not None:
+            self.parent._settle_reversals()
+        if self.before_reversal is self.parent is not None:
+            self._put(self.read())
+            self.make = lambda: self.view(self.memory.tensor)
+
+    def _put(self, tensor: torch.Tensor) -> None:
         memory = self.memory
         old = memory.tensor
         # Where in the memory this value lies: the view of a tensor that holds its own indices.
@@ -128,17 +143,17 @@ class Value:
         memory.tensor = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype).copy_(
             new.view(old.shape)
         )
-        memory.version += 1
-        self.version, self.tensor = memory.version, self.view(memory.tensor)
 
     def derived(self, function: Callable[[torch.Tensor], torch.Tensor], names: Any) -> Value:
         """A value that shares this one's memory."""
-        return Value(
+        value = Value(
             self.memory,
             lambda tensor: function(self.view(tensor)),
             lambda: function(self.read()),
             names,
         )
+        value.parent = self
+        return value
 
     def same(self) -> Value:
         """The same tensor where it enters or leaves a module."""
@@ -170,7 +185,7 @@ class Value:
             return y
 
         value = Value(self.memory, self.view, hooked, self.names)
-        value.before_reversal = self
+        value.before_reversal = value.parent = self
         return value
 
 

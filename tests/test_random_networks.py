@@ -244,7 +244,7 @@ def _equal(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:
 
 
 @settings(
-    max_examples=100,
+    max_examples=300,
     deadline=None,
     derandomize=True,
     suppress_health_check=list(HealthCheck),
