@@ -77,9 +77,6 @@ def _may_be_view(model: nn.Module, node: fx.Node) -> bool:
     return bool(_VIEWS.fullmatch(str(name)))
 
 
-_VIEWING = (nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-
-
 def memory(model: nn.Module, node: fx.Node, *, behind: bool = False) -> set[fx.Node]:
     """All nodes whose values may lie in the same memory as this one's; ``behind``: only it and its views."""
     found: set[fx.Node] = set()

@@ -6,13 +6,13 @@ import builtins
 import contextlib
 import weakref
 from collections.abc import Iterable, Iterator
-from types import CodeType, FunctionType
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from grl_surgery.links import is_size, origin
+from grl_surgery.reachable import functions_of, names_in
 from grl_surgery.tracer import Tracer
 
 __all__ = ["kinds_answered"]
@@ -48,39 +48,15 @@ def _isinstance(value: Any, kinds: Any) -> bool:
     return issubclass(_kind_of(value.node, value.tracer), kinds)
 
 
-# --------------------------------------------------------------------------------------- where it is asked
-
-
 _FILES: weakref.WeakKeyDictionary[type, list[dict[str, Any]]] = weakref.WeakKeyDictionary()
 
 
 def _files_of(kind: type[nn.Module]) -> list[dict[str, Any]]:
-    """Globals of the files in which a module's methods, or functions that they call, ask for a class."""
+    """Globals of the files in which a module's forward, or something that it calls, asks for a class."""
     if kind not in _FILES:
-        found: dict[int, FunctionType] = {}
-        for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
-            for method in vars(base).values():
-                _collect(method, found)
-        asking = [function for function in found.values() if "isinstance" in _names_in(function.__code__)]
+        asking = [f for f in functions_of(kind) if "isinstance" in names_in(f.__code__)]
         _FILES[kind] = list({id(f.__globals__): f.__globals__ for f in asking}.values())
     return _FILES[kind]
-
-
-def _collect(function: Any, found: dict[int, FunctionType]) -> None:
-    """The function, and the functions that it names; those of torch ask about torch's own things."""
-    function = getattr(function, "__wrapped__", getattr(function, "__func__", function))
-    if not isinstance(function, FunctionType) or id(function) in found:
-        return
-    if str(function.__module__).partition(".")[0] == "torch":
-        return
-    found[id(function)] = function
-    for name in _names_in(function.__code__):
-        _collect(function.__globals__.get(name), found)
-
-
-def _names_in(code: CodeType) -> set[str]:
-    inner = (_names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType))
-    return set(code.co_names).union(*inner)
 
 
 # ------------------------------------------------------------------------------------------- the answer

@@ -78,8 +78,8 @@ def predict(oracle: nn.Module, objective: str = "output") -> dict[int, Factors]:
 
     Returns:
         From ``id(parameter)`` to ``{1}`` (unchanged), ``{-1}`` (flipped), both (mixed) or none (unreached).
-        Empty where the graph does not show all that happens: the root is no graph, it calls a module that has
-        reversals inside, or a value is read after its memory has been overwritten by way of another one.
+        Empty where the graph does not show all that happens: the root is no graph, it calls a module that was
+        spliced on its own, or a value is read after its memory has been overwritten by way of another one.
     """
     if not shows_all(oracle):
         return {}
@@ -96,13 +96,10 @@ def predict(oracle: nn.Module, objective: str = "output") -> dict[int, Factors]:
 
 
 def shows_all(oracle: nn.Module) -> TypeGuard[SplicedModule]:
-    """Whether every reversal stands in the graph of the root, and none inside what it calls."""
+    """Whether every cut is in the graph of the root, and none inside a module that it calls."""
     if not isinstance(oracle, SplicedModule) or oracle.is_opaque:
         return False
-    cut = {cut.module for cut in oracle.cuts}
-    called = (str(node.target) for node in oracle.graph.nodes if node.op == "call_module")
-    inside = (module for path in called if path not in cut for module in oracle.get_submodule(path).modules())
-    return not any(isinstance(module, (SplicedModule, GradientReversal, HookReversal)) for module in inside)
+    return not any(isinstance(module, SplicedModule) for module in oracle.modules() if module is not oracle)
 
 
 def predict_flow(oracle: SplicedModule, graph: fx.Graph, objective: str = "output") -> Flow:

@@ -125,7 +125,7 @@ class Value:
         self.version, self.tensor = self.memory.version, self.view(self.memory.tensor)
 
     def _settle_reversals(self) -> None:
-        """What is written lies behind the reversals that led here: read again, it does not pass them again."""
+        """What is written lies behind the reversals that led here, and does not pass them again."""
         if self.parent is not None:
             self.parent._settle_reversals()
         if self.before_reversal is self.parent is not None:

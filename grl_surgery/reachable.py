@@ -1,0 +1,66 @@
+"""The Python functions that a module's forward may run, read from their code: nothing is called."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Iterator
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+from torch import nn
+
+__all__ = ["functions_of", "names_in"]
+
+
+def functions_of(kind: type[nn.Module]) -> list[FunctionType]:
+    """The forward of a class, the methods and functions that it names, and so on; none of torch's."""
+    found: dict[int, FunctionType] = {}
+    _collect(kind.forward, kind, found)
+    return list(found.values())
+
+
+def _collect(value: Any, kind: type, found: dict[int, FunctionType]) -> None:
+    for function in _plain(value):
+        if id(function) in found or str(function.__module__).partition(".")[0] == "torch":
+            continue
+        found[id(function)] = function
+        held = (cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell))
+        for named in (*_named_values(function, kind), *held):
+            _collect(named, kind, found)
+
+
+def _plain(value: Any) -> Iterator[FunctionType]:
+    """The functions behind a method, a property, a partial or a decorator."""
+    if isinstance(value, property):
+        value = value.fget
+    if isinstance(value, functools.partial):
+        value = value.func
+    value = getattr(value, "__func__", value)
+    while isinstance(value, FunctionType):
+        yield value
+        value = getattr(value, "__wrapped__", None)
+
+
+def _named_values(function: FunctionType, kind: type) -> Iterator[Any]:
+    """What the names in a function's code may stand for: attributes of the class, globals, parts of files."""
+    names = names_in(function.__code__)
+    files = [value for name in names if isinstance(value := function.__globals__.get(name), ModuleType)]
+    own = [file for file in files if file.__name__.partition(".")[0] not in ("torch", "math", "operator")]
+    for name in names:
+        yield function.__globals__.get(name)
+        yield next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), None)
+        yield from (getattr(file, name, None) for file in own)
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not cell
+    except ValueError:  # of a function that is still being made
+        return False
+
+
+def names_in(code: CodeType) -> set[str]:
+    """Names of globals and attributes in a function's code, and in that of the functions inside it."""
+    inner = (names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType))
+    return set(code.co_names).union(*inner)
