@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import sys
 from collections.abc import Sequence
 from typing import Annotated, NoReturn
@@ -48,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        stdout().out(NAME, importlib.metadata.version(NAME), highlight=False)
+        from importlib import metadata  # a tenth of the time that --help takes
+
+        stdout().out(NAME, metadata.version(NAME), highlight=False)
         raise typer.Exit
 
 

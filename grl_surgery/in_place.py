@@ -97,6 +97,8 @@ def hidden_writes(
 ) -> Iterator[tuple[fx.Node, fx.Node]]:
     """Values that are read after their memory has been written in a way that no edge of the graph shows.
 
+    A module that stays one call may read one of its inputs after it has overwritten another one.
+
     Args:
         model: The network that the graph was traced from.
         graph: Its graph, after :func:`follow`.
@@ -115,7 +117,10 @@ def hidden_writes(
                 same
                 for same in memory(model, value)
                 if places[same] < places[node]
-                and any(places[user] > places[node] and not is_size(user) for user in same.users)
+                and (
+                    any(places[user] > places[node] and not is_size(user) for user in same.users)
+                    or (not visible and same is not value and same in node.all_input_nodes)
+                )
             ]
             if read and (visible or overwrites_input(model.get_submodule(str(node.target)))):
                 yield from ((node, same) for same in read)
@@ -149,9 +154,12 @@ def refuse_lost_writes(
                 raise SurgeryError(
                     f"{_name(node)!r} overwrites in place what {_name(read)!r} reads again afterwards, and a "
                     f"reversal between the two ({call.target}) would be lost on one of them",
-                    example=f"after={_name(origin(read))!r}, which reverses both",
+                    example=f"after={_name(read)!r}, which reverses both",
                 )
 
 
 def _name(node: fx.Node) -> str:
+    node = origin(node)
+    while node.meta.get("spliced"):
+        node = origin(node.args[0])  # type: ignore[arg-type]
     return str(node.meta.get("point", node.name))

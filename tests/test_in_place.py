@@ -104,6 +104,34 @@ def test_a_reversal_on_the_way_into_a_block_that_overwrites_a_shared_argument_is
         gs.insert_grl(BlockOverwrites(), before="block")
 
 
+class Doubles(nn.Module):
+    """Overwrites its second argument, then reads the first, which may be the same tensor."""
+
+    def forward(self, a, b):
+        b.add_(b)
+        return torch.relu(a)
+
+
+class TwiceTheSame(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.block = nn.Linear(6, 6), Doubles()
+
+    def forward(self, x):
+        y = self.linear(x)
+        return self.block(y, y)
+
+
+@pytest.mark.parametrize("arg", ["0", "1"])
+def test_a_reversal_on_one_of_two_ways_into_a_block_that_overwrites_one_of_them_is_refused(x, arg):
+    model = TwiceTheSame()
+    with pytest.raises(gs.SurgeryError, match=r"'block' overwrites in place what 'linear' reads again"):
+        gs.insert_grl(model, edge=gs.Edge("linear", "block", arg))
+    both = gs.insert_grl(model, after="linear")
+    wanted = -gradients(model, x)["linear.weight"]
+    assert torch.equal(gradients(both, x)["linear.weight"], wanted)
+
+
 def test_a_reversal_elsewhere_in_a_network_with_views_that_are_overwritten_is_proved(x):
     class Longer(ThroughAView):
         def forward(self, x):
