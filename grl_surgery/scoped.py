@@ -33,8 +33,8 @@ def splice_inside(
 ) -> nn.Module:
     """Replace modules inside ``base`` by their spliced graphs, each as small as the cuts allow.
 
-    Where the root itself can be traced and only something in it cannot, cuts of the root's own operations are
-    made in a graph of the root, which calls what was replaced.
+    Where the root can be traced and only something in it cannot, the cuts outside of that are made in a graph
+    of the root, which calls what was replaced.
 
     Args:
         base: A tree of its own; it is changed.
@@ -54,14 +54,11 @@ def splice_inside(
     heads = [replace(cut, kind="tapped") for cut in cuts if cut.is_head]
     inner = [cut for cut in cuts if not cut.is_head] + [tap for head in heads for tap in _taps(head)]
     hosts: dict[str, list[Cut]] = {}
-    outer: list[Cut] = []
+    root_can = not heads and _can_be_cut(base, [], given)
+    outer = [cut for cut in inner if root_can and _can_be_cut(base, [cut], given)]
     for cut in inner:
-        try:
+        if cut not in outer:
             hosts.setdefault(_host(base, cut, failure), []).append(cut)
-        except TracingError:
-            if heads or not _can_be_cut(base, cut, given):
-                raise
-            outer.append(cut)
     for host in sorted(hosts, key=len, reverse=True):  # a host inside another one joins it
         around = next((other for other in hosts if host.startswith(f"{other}.")), None)
         if around is not None and not all(_is_output_of(around, cut) for cut in hosts[around]):
@@ -78,10 +75,10 @@ def splice_inside(
     return SplicedModule(base, apply_cuts(base, heads), heads, called)
 
 
-def _can_be_cut(base: nn.Module, cut: Cut, given: Mapping[str, type] | None) -> bool:
-    """Whether a graph of the root can be made that has this cut."""
+def _can_be_cut(base: nn.Module, cuts: Sequence[Cut], given: Mapping[str, type] | None) -> bool:
+    """Whether a graph of the root can be made that has these cuts."""
     try:
-        apply_cuts(base, [cut], given=given)
+        apply_cuts(base, cuts, given=given)
     except TracingError:
         return False
     return True

@@ -112,7 +112,7 @@ def trace(
     Raises:
         TracingError: A forward cannot be traced. It names the module and what stopped it.
     """
-    wanted = {"", *opened}
+    wanted = {"", *opened, *(around for path in opened for around in ancestors(path))}
     opened = {path for path in wanted if _can_be_opened(model, path)}
     closed: set[str] = set()
     while True:
@@ -120,9 +120,11 @@ def trace(
             return _trace_modes(model, frozenset(opened), given or {})
         except Stopped as stopped:
             stop = stopped
-        if isinstance(stop, Unseen) and stop.hidden not in closed and _can_be_opened(model, stop.hidden):
-            opened.add(stop.hidden)
-            continue
+        if isinstance(stop, Unseen):
+            hidden = {stop.hidden, *ancestors(stop.hidden)}
+            if closed.isdisjoint(hidden) and all(_can_be_opened(model, path) for path in hidden):
+                opened |= hidden
+                continue
         if not stop.path or (stop.path in wanted and not lenient):
             raise TracingError(str(stop), example=_way_out(stop.path)) from stop.__cause__
         closed.add(stop.path)

@@ -23,9 +23,10 @@ import torch  # imported once, before the forks
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "robustness.md"
-MARK = "<!-- mutants -->"
+BEGIN, END = "<!-- mutants: begin -->", "<!-- mutants: end -->"
 
 SURGERY = ("test_in_place.py", "test_splicing.py", "test_sharing.py", "test_points.py", "test_tracing.py")
+KINDS = ("test_kinds.py", "test_opaque.py")
 PROOF = ("test_verification.py", "test_broken_surgeries.py")
 REVERSAL = ("test_reversal.py",)
 FILES = ("test_bad_input.py", "test_exporting_hostile.py")
@@ -92,6 +93,17 @@ MUTANTS = [
     Mutant("tracing.py", "            follow(model, graph)\n", ""),
     Mutant("tracing.py", "for mode in (True, False, None) if mode in variants", "for mode in variants"),
     Mutant("tracing.py", "for mode in (True, False) if read else ():", "for mode in () if read else ():"),
+    Mutant("kinds.py", "if not traced or asks_for_proxy:", "if True:", KINDS),
+    Mutant("kinds.py", '            del names["isinstance"]\n', "            pass\n", KINDS),
+    Mutant("tracer.py", "if isinstance(value, (fx.Proxy, KINDS[kind])):", "if True:", KINDS),
+    Mutant("tracer.py", "                raise Unseen(", "                print(", KINDS),
+    Mutant("tracing.py", "                opened |= hidden\n                continue\n", "", KINDS),
+    Mutant("tracing.py", "        waiting += around - found\n        found |= around\n", ""),
+    Mutant("cutting.py", "            if not deeper:\n", "            if True:\n"),
+    Mutant("in_place.py", "same is not value and same in node.all_input_nodes", "False"),
+    Mutant("opaque.py", "        if proxy is None:\n", "        if True:\n", KINDS),
+    Mutant("scoped.py", "root_can = not heads", "root_can = False"),
+    Mutant("oracle.py", "given=part.arguments", "given=None", KINDS),
     Mutant("points.py", "seen[base] += 1", "seen[base] += 2"),
     Mutant("points.py", "total[base] == 1", "total[base] >= 1"),
     Mutant("points.py", 'return path.replace("#", "##")', "return path"),
@@ -212,8 +224,9 @@ def _write(rows: list[tuple[Mutant, str]]) -> None:
         texts = (" ".join(text.split()).replace("|", "\\|") for text in (mutant.before, mutant.after))
         before, after = (f"`{text}`" if text else "(nothing)" for text in texts)
         lines.append(f"| `{mutant.file}` | {before} | {after} | {outcome} |")
-    head, _, _ = PAGE.read_text(encoding="utf-8").partition(MARK)
-    PAGE.write_text(f"{head}{MARK}\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    head, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    table = "\n".join(lines)
+    PAGE.write_text(f"{head}{BEGIN}\n\n{table}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -170,6 +170,26 @@ def test_a_module_whose_value_is_asked_about_is_traced_through_as_well():
     assert trace(model, [""]).opened == {""}  # nobody asks
 
 
+class Reaches(nn.Module):
+    """Calls a block that lies three levels down, past modules that it does not call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleDict({"deep": nn.Sequential(nn.Sequential(Block()))})
+        self.last = Block()
+
+    def forward(self, x):
+        return self.last(self.stages["deep"][0][0](x))[0]
+
+
+def test_a_block_is_opened_wherever_it_lies_and_the_network_is_not_touched():
+    model, x = Reaches(), torch.randn(3, 4)
+    before = [list(vars(module).items()) for module in model.modules()]
+    flips(gs.insert_grl(model, after="last.conv"), model, (x,))
+    assert [list(vars(module).items()) for module in model.modules()] == before
+    assert all("training" not in module._buffers for module in model.modules())
+
+
 def test_a_value_that_nobody_can_know_is_not_guessed():
     class Asks(nn.Module):
         def __init__(self) -> None:
