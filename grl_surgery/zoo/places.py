@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from grl_surgery.errors import TracingError
 from grl_surgery.links import links, origin
-from grl_surgery.points import Edge, escape
+from grl_surgery.points import Edge, escape, split_number
 from grl_surgery.trace_copy import is_building_block
 from grl_surgery.tracer import boundary, operation
 from grl_surgery.tracing import around_aliases, module_paths, trace
@@ -87,7 +87,11 @@ def survey(model: nn.Module) -> Survey:
         TracingError: Nothing in it can be traced.
     """
     regions = {region.path: region for region in _regions(model, "")}
-    stages = _stages([step for region in regions.values() for step in region.steps])
+    steps = [step for region in regions.values() for step in region.steps]
+    if len(regions) > 1:  # no graph shows the order of what lies in several
+        order = {path: place for place, path in enumerate(module_paths(model))}
+        steps.sort(key=lambda step: order.get(split_number(step.name)[0], len(order)))
+    stages = _stages(steps)
     if not stages:
         raise TracingError("nothing in this network can be traced")
     chosen = stages[0], stages[len(stages) // 2], stages[-1]
