@@ -10,14 +10,15 @@ from torch import nn
 from grl_surgery.errors import SurgeryError
 from grl_surgery.loading.inputs import example_inputs
 from grl_surgery.measurement import private_copy
+from grl_surgery.models import load_model
 
-__all__ = ["declared_inputs", "smallest_inputs"]
+__all__ = ["declared_inputs", "on_smallest_inputs"]
 
 # torchvision's detection models scale every image to 800 pixels, look at thousands of boxes, and return none
 # of which they are less than 5% sure, as all are before training: no gradient would flow in eval mode.
 _PIXELS, _BOXES = 96, 40
 # Pixels to try, besides the network's own size. Where nothing is left of an image, nothing is proved.
-_SIZES = (64, 96, 128, 160, 192, 224, 256)
+_SIZES = (64, 96, 112, 128, 160, 192, 224, 256)
 
 
 def declared_inputs(model: nn.Module) -> tuple[Any, ...]:
@@ -48,22 +49,41 @@ def _make_light(model: Any) -> None:
         model.topk_candidates = _BOXES
 
 
-def smallest_inputs(model: nn.Module) -> tuple[Any, ...]:
-    """The smallest square images on which the network runs in train and in eval mode.
+def on_smallest_inputs(source: str) -> tuple[nn.Module, tuple[Any, ...]]:
+    """A network of the zoo, and the smallest square images on which it runs in train and in eval mode.
+
+    A network of timm that takes images of one size only is built for another size, where it can be.
 
     Raises:
-        SurgeryError: Nothing says what the network takes.
+        SurgeryError: There is no such network, or nothing says what it takes.
     """
+    model = load_model(source).module
     inputs = declared_inputs(model)
     if not all(isinstance(value, torch.Tensor) and value.dim() in (4, 5) for value in inputs):
-        return inputs
-    for size in _SIZES:
-        if size >= inputs[0].shape[-1]:
-            break
-        smaller = tuple(value[..., :size, :size].contiguous() for value in inputs)
+        return model, inputs
+    sizes = [size for size in _SIZES if size < inputs[0].shape[-1]]
+    for size in sizes:
+        smaller = _cropped(inputs, size)
         if _runs(model, smaller):
-            return smaller
-    return inputs
+            return model, smaller
+    for size in sizes if source.startswith("timm/") else ():
+        built = _built_for(source, size)
+        if built is not None and _runs(built, _cropped(inputs, size)):
+            return built, _cropped(inputs, size)
+    return model, inputs
+
+
+def _cropped(inputs: tuple[Any, ...], size: int) -> tuple[Any, ...]:
+    return tuple(value[..., :size, :size].contiguous() for value in inputs)
+
+
+def _built_for(source: str, size: int) -> nn.Module | None:
+    import timm
+
+    try:
+        return timm.create_model(source.partition("/")[2], img_size=size)
+    except Exception:  # it takes no size, or not this one
+        return None
 
 
 def _runs(model: nn.Module, inputs: tuple[Any, ...]) -> bool:

@@ -16,11 +16,10 @@ from grl_surgery.errors import SurgeryError
 from grl_surgery.exporting import export, load
 from grl_surgery.loading.downloads import one_line
 from grl_surgery.measurement import private_copy, tensors_in
-from grl_surgery.models import load_model
 from grl_surgery.splicing import insert_grl, reversals, strip
 from grl_surgery.verification import verify_flip
 from grl_surgery.zoo.building import without_values
-from grl_surgery.zoo.inputs import smallest_inputs
+from grl_surgery.zoo.inputs import on_smallest_inputs
 from grl_surgery.zoo.ledger import NotProved, Row
 from grl_surgery.zoo.names import family
 from grl_surgery.zoo.places import Place, survey
@@ -60,8 +59,7 @@ def check_numbers(source: str) -> Row:
     """
     start = time.process_time()
     torch.manual_seed(0)
-    model = load_model(source).module
-    inputs = smallest_inputs(model)
+    model, inputs = on_smallest_inputs(source)
     found = survey(model)
     keys = list(model.state_dict())
     times, flipped, silent = [], 0, []
