@@ -120,9 +120,17 @@ def _before_target(model: nn.Module, traced: Trace, cut: Cut) -> set[str]:
     if not isinstance(cut.at, Edge):
         return set()
     nodes = [node for graph in traced.graphs.values() for node in _named(graph, cut.at.target)]
-    sources = (origin(source) for node in nodes for _, source in links(node))
+    sources = (_whole(source) for node in nodes for _, source in links(node))
     called = {str(source.target) for source in sources if source.op == "call_module"} - {cut.module}
     return {path for path in called if not is_building_block(model.get_submodule(path))}
+
+
+def _whole(value: fx.Node) -> fx.Node:
+    """What computed the value, behind marks; of an item, what it is an item of."""
+    value = origin(value)
+    while value.target is operator.getitem and isinstance(value.args[0], fx.Node):
+        value = origin(value.args[0])
+    return value
 
 
 # The answer for each kind of block: a deep network has dozens that are alike.

@@ -285,9 +285,10 @@ class Interpreter:
             environment["held"] = self.use(value, name_of(operation.nodes[-1]), "1").read()
             source = source.replace(f"self.{held}", "held")
         function = eval(f"lambda x0=None, x1=None, x2=None: {source.format('x0', 'x1', 'x2')}", environment)
-        self.ends[name_of(operation.nodes[-1])] = (
-            operation.source.startswith("torch.where") or "ids" in operation.takes
-        )
+        ends = {operation.use(number)[0] for number in range(len(inputs))} or {operation.nodes[-1]}
+        if len(ends) == 1:
+            mixed = operation.source.startswith("torch.where") or "ids" in operation.takes
+            self.ends[name_of(*ends)] = mixed
         return self.results_of(operation, function, used, name_of)
 
     def results_of(
