@@ -550,3 +550,51 @@ def test_exporting_changes_nothing_in_the_network(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert m.training
     assert all(p.grad is None for p in m.parameters())
+
+
+class Assigns(nn.Module):
+    """Writes into the list that it is given, as the branches of HRNet do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+    def forward(self, features: list[torch.Tensor]) -> torch.Tensor:
+        for place, conv in enumerate(self.convs):
+            features[place] = conv(features[place])
+        return features[0] * features[1]
+
+
+class InFloat32(nn.Module):
+    """Leaves autocast for a part of itself, as the linear attention of EfficientViT does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return self.linear(x.float())
+
+
+class Branches(nn.Module):
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.first, self.second = nn.Linear(4, 4), first, second
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        return self.second([self.first(x), x.tanh()])
+
+
+@pytest.mark.parametrize("first", [nn.Linear(4, 4), InFloat32()])
+def test_blocks_that_assign_to_lists_and_leave_autocast_are_recorded(
+    first: nn.Module, tmp_path: Path
+) -> None:
+    x = torch.randn(3, 4)
+    model = Branches(first, Assigns())
+    spliced = gs.insert_grl(model, after="stem")
+    gs.export(spliced, tmp_path / "m.pt2", example_inputs=(x,))
+    again = gs.load(tmp_path / "m.pt2")
+    assert torch.equal(again(x), model(x))
+    assert gs.verify_flip(again, example_inputs=(x,)).ok

@@ -309,3 +309,35 @@ def test_a_network_that_makes_tensors_and_counts_in_a_buffer_can_be_proved():
     model = Constants()
     assert gs.verify_flip(gs.insert_grl(model, after="fc"), model, vector()).ok
     assert float(model.calls) == 0
+
+
+class Parted(nn.Module):
+    """Batch norms behind convolutions, joined: what flows back into each is a part of a larger gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(
+            [
+                nn.Sequential(
+                    nn.Conv2d(3, 6, 3, padding=1),
+                    nn.BatchNorm2d(6),
+                    nn.Tanh(),
+                    nn.Conv2d(6, 6, 3),
+                    nn.BatchNorm2d(6),
+                )
+                for _ in range(3)
+            ]
+        )
+        self.last = nn.Conv2d(18, 2, 1)
+
+    def forward(self, x):
+        return self.last(torch.cat([part(x) for part in self.parts], 1))
+
+
+def test_a_gradient_that_is_rounded_in_another_order_is_compared_with_hooks_that_are_as_well():
+    torch.manual_seed(0)
+    model, x = Parted(), torch.randn(4, 3, 15, 15)
+    spliced = gs.insert_grl(model, after="parts.1")
+    report = gs.verify_flip(spliced, model, (x,))
+    assert report.ok, report
+    assert "parts.1.0.weight" in kinds(report, "flipped")

@@ -31,7 +31,7 @@ _MEMBERS = re.compile(
 )
 _TARGETS = re.compile(
     r"torch\.ops\.(aten|grl_surgery|prims)\.\w+\.\w+|_operator\.[a-z]+|math\.[a-z]+"
-    r"|torch\.(sym_\w+|_C\._set_grad_enabled)|torch\.ops\.higher_order\.wrap_with_set_grad_enabled"
+    r"|torch\.(sym_\w+|_C\._set_grad_enabled)|torch\.ops\.higher_order\.wrap_with_(set_grad_enabled|autocast)"
 )
 # What sizes are written with; no function that evaluates a string.
 _SIZE_WORDS = frozenset(

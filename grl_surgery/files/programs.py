@@ -142,11 +142,23 @@ def record(
 def _private(model: nn.Module) -> nn.Module:
     """A copy over the same tensors, of a network with several graphs only the one of the present mode."""
     private = private_copy(model, {})
-    if isinstance(private, SplicedModule) and private._traced.steering:
-        return fx.GraphModule(private, copy.deepcopy(private.graph), type(model).__name__).train(
-            model.training
-        )
+    if isinstance(private, SplicedModule):
+        if private._traced.steering:
+            private = fx.GraphModule(private, copy.deepcopy(private.graph), type(model).__name__)
+            private.train(model.training)
+        _give_lists_of_their_own(private)
     return private
+
+
+def _give_lists_of_their_own(network: fx.GraphModule) -> None:
+    """torch.export runs a graph node by node, and hands modules lists that cannot be assigned to."""
+    graph = network.graph
+    for node in [node for node in graph.nodes if node.op == "call_module"]:
+        for place, value in enumerate(node.args):
+            if isinstance(value, list):
+                with graph.inserting_before(node):
+                    node.update_arg(place, graph.call_function(list, (tuple(value),)))
+    network.recompile()
 
 
 def _first_line(error: Exception) -> str:
