@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -52,7 +55,7 @@ def _make_light(model: Any) -> None:
 def on_smallest_inputs(source: str) -> tuple[nn.Module, tuple[Any, ...]]:
     """A network of the zoo, and the smallest square images on which it runs in train and in eval mode.
 
-    A network of timm that takes images of one size only is built for another size, where it can be.
+    A network that takes images of one size only is built for another size, where it can be.
 
     Raises:
         SurgeryError: There is no such network, or nothing says what it takes.
@@ -66,24 +69,34 @@ def on_smallest_inputs(source: str) -> tuple[nn.Module, tuple[Any, ...]]:
         smaller = _cropped(inputs, size)
         if _runs(model, smaller):
             return model, smaller
-    for size in sizes if source.startswith("timm/") else ():
-        built = _built_for(source, size)
-        if built is not None and _runs(built, _cropped(inputs, size)):
-            return built, _cropped(inputs, size)
+    for size in sizes if _is_of_one_size(model) else ():
+        smaller = _cropped(inputs, size)
+        for built in _built_for(source, size):
+            if _runs(built, smaller):
+                return built, smaller
     return model, inputs
+
+
+def _is_of_one_size(model: nn.Module) -> bool:
+    """Whether its library has such networks: detection models scale the images that they are given."""
+    return not hasattr(model, "transform")
 
 
 def _cropped(inputs: tuple[Any, ...], size: int) -> tuple[Any, ...]:
     return tuple(value[..., :size, :size].contiguous() for value in inputs)
 
 
-def _built_for(source: str, size: int) -> nn.Module | None:
-    import timm
-
-    try:
-        return timm.create_model(source.partition("/")[2], img_size=size)
-    except Exception:  # it takes no size, or not this one
-        return None
+def _built_for(source: str, size: int) -> Iterator[nn.Module]:
+    """The network for images of that size, if its builder takes a size, under one name or another."""
+    library, _, name = source.partition("/")
+    build = importlib.import_module("timm").create_model
+    words: dict[str, Any] = {"img_size": size}
+    if library == "torchvision":
+        build = importlib.import_module("torchvision.models").get_model
+        words = {"image_size": size, "input_size": (size, size), "spatial_size": (size, size)}
+    for word, value in words.items():
+        with contextlib.suppress(Exception):  # it takes no size, or not this one
+            yield build(name, **{word: value})
 
 
 def _runs(model: nn.Module, inputs: tuple[Any, ...]) -> bool:
