@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -17,9 +17,10 @@ from grl_surgery.errors import (
     SurgeryError,
     TracingError,
 )
-from grl_surgery.in_place import memory, overwrites, refuse_lost_writes
+from grl_surgery.in_place import overwrites, refuse_lost_writes
 from grl_surgery.links import is_size, links, origin, rewrite
 from grl_surgery.opaque import opaque_graph, pick, reverse_each, tap
+from grl_surgery.overwriting import overwrites_input
 from grl_surgery.points import (
     Edge,
     enclosing,
@@ -33,7 +34,7 @@ from grl_surgery.trace_copy import is_building_block
 from grl_surgery.tracer import boundary
 from grl_surgery.tracing import Trace, around_aliases, module_paths, trace
 
-__all__ = ["apply_cuts", "modules_to_open", "overwrites_input", "replace_item", "retrace"]
+__all__ = ["apply_cuts", "modules_to_open", "replace_item", "retrace"]
 
 
 def modules_to_open(model: nn.Module, cuts: Sequence[Cut]) -> set[str]:
@@ -131,59 +132,6 @@ def _whole(value: fx.Node) -> fx.Node:
     while value.target is operator.getitem and isinstance(value.args[0], fx.Node):
         value = origin(value.args[0])
     return value
-
-
-# The answer for each kind of block: a deep network has dozens that are alike.
-_OVERWRITES: dict[Any, bool] = {}
-
-
-def overwrites_input(module: nn.Module) -> bool:
-    """Whether a module's forward overwrites something that it is given; not, where nobody can tell."""
-    if is_building_block(module):
-        return getattr(module, "inplace", False) is True
-    if any(isinstance(inner, fx.GraphModule) for inner in module.modules()):  # each is a class of its own
-        return _overwrites_in_trace(module)
-    alike = _likeness(module)
-    if alike not in _OVERWRITES:
-        if len(_OVERWRITES) > 1000:
-            _OVERWRITES.clear()
-        _OVERWRITES[alike] = _overwrites_in_trace(module)
-    return _OVERWRITES[alike]
-
-
-def _overwrites_in_trace(module: nn.Module) -> bool:
-    paths = {path for path, inner in module.named_modules() if not is_building_block(inner)}
-    try:
-        graphs = trace(module, paths, lenient=True).graphs.values()
-    except TracingError:
-        return False
-    return any(
-        overwrites(module, node) and any(same.op == "placeholder" for same in memory(module, node))
-        for graph in graphs
-        for node in graph.nodes
-    )
-
-
-def _likeness(module: nn.Module) -> Hashable:
-    """Equal for modules that run the same code: classes, settings, modes, which parameters are there."""
-    return tuple(
-        (
-            path,
-            type(inner),
-            tuple((name, tensor is None) for name, tensor in inner._parameters.items()),
-            tuple((name, _setting(value)) for name, value in inner.__dict__.items() if name[0] != "_"),
-        )
-        for path, inner in module.named_modules()
-    )
-
-
-def _setting(value: Any) -> Hashable:
-    """A setting as far as code can tell it: rates differ from block to block, but only being zero matters."""
-    if isinstance(value, float):
-        return bool(value)
-    if isinstance(value, (int, str, type, type(None))):
-        return value
-    return tuple(value.shape) if hasattr(value, "shape") else repr(value)
 
 
 def _untraced(cuts: Sequence[Cut]) -> Trace:

@@ -8,9 +8,10 @@ from typing import Any, TypeGuard
 import torch
 from torch import fx, nn
 
-from grl_surgery.cutting import apply_cuts, overwrites_input
+from grl_surgery.cutting import apply_cuts
 from grl_surgery.in_place import hidden_writes
 from grl_surgery.links import is_size, links
+from grl_surgery.overwriting import overwrites_input
 from grl_surgery.points import Edge
 from grl_surgery.reversal import GradientReversal
 from grl_surgery.sharing import share_copy
