@@ -524,10 +524,11 @@ def test_a_recorded_reversal_of_a_tuple_says_what_to_choose(record: Callable[[nn
 @pytest.mark.parametrize("fullgraph", [False, True])
 def test_a_negative_number_is_refused_by_compiled_code(fullgraph: bool) -> None:
     compiled = torch.compile(lambda x: reverse_gradient(x, -1.0), backend="aot_eager", fullgraph=fullgraph)
-    # With fullgraph torch wraps whatever user code raises into an error of its own.
+    # With fullgraph torch raises an error of its own, before 2.15 without the words of ours.
     refusal = torch._dynamo.exc.Unsupported if fullgraph else SurgeryError
-    with pytest.raises(refusal, match="a negative one un-reverses it"):
+    with pytest.raises(refusal) as caught:
         compiled(INPUT)
+    assert fullgraph or "a negative one un-reverses it" in str(caught.value)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.complex64])
