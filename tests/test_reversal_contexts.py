@@ -528,7 +528,8 @@ def test_a_negative_number_is_refused_by_compiled_code(fullgraph: bool) -> None:
     refusal = torch._dynamo.exc.Unsupported if fullgraph else SurgeryError
     with pytest.raises(refusal) as caught:
         compiled(INPUT)
-    assert fullgraph or "a negative one un-reverses it" in str(caught.value)
+    if not fullgraph or torch.__version__ >= "2.15":
+        assert "a negative one un-reverses it" in str(caught.value)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.complex64])
