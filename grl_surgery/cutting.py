@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from grl_surgery.effects import effects
 from grl_surgery.errors import (
     AmbiguousPointError,
     PointNotFoundError,
@@ -20,7 +21,6 @@ from grl_surgery.errors import (
 from grl_surgery.in_place import overwrites, refuse_lost_writes
 from grl_surgery.links import is_size, links, origin, rewrite
 from grl_surgery.opaque import opaque_graph, pick, reverse_each, tap
-from grl_surgery.overwriting import overwrites_input
 from grl_surgery.points import (
     Edge,
     enclosing,
@@ -97,7 +97,7 @@ def apply_cuts(
         names[cut.module] = None
     reversals = {cut.module for cut in cuts if cut.kind in ("after", "before", "edge")}
     for graph in traced.graphs.values():
-        refuse_lost_writes(model, graph, reversals, overwrites_input)
+        refuse_lost_writes(model, graph, reversals, effects)
         _erase_boundaries(graph)
         graph.lint()
     return traced

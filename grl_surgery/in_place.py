@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Callable, Collection, Iterator
+from typing import NamedTuple
 
 from torch import fx, nn
 
 from grl_surgery.errors import SurgeryError
 from grl_surgery.links import is_size, origin
+from grl_surgery.trace_copy import is_building_block
 from grl_surgery.tracer import IN_PLACE, boundary
 
-__all__ = ["follow", "hidden_writes", "memory", "overwrites", "refuse_lost_writes"]
+__all__ = ["Effects", "follow", "hidden_writes", "memory", "overwrites", "refuse_lost_writes"]
+
+
+class Effects(NamedTuple):
+    """What a module does to the memory of its arguments.
+
+    Args:
+        overwrites: It changes one in place.
+        returns: What it returns may lie in the memory of one, as a dropout's result does in eval mode.
+    """
+
+    overwrites: bool = False
+    returns: bool = False
+
+
+Returns = Callable[[nn.Module], bool]
 
 
 def overwrites(model: nn.Module, node: fx.Node) -> bool:
@@ -65,19 +81,21 @@ _VIEWS = re.compile(
 _VIEWING = (nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 
-def _may_be_view(model: nn.Module, node: fx.Node) -> bool:
-    """Whether the node's value may lie in the memory of its first argument."""
-    if node.target is boundary or node.meta.get("spliced") or overwrites(model, node):
-        return True
-    if node.op == "call_module":
-        return isinstance(model.get_submodule(str(node.target)), _VIEWING)
-    if node.target is operator.getitem:
-        return True
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    return bool(_VIEWS.fullmatch(str(name)))
+def _viewed(model: nn.Module, node: fx.Node, returns: Returns) -> list[fx.Node]:
+    """The values in whose memory the node's may lie."""
+    if node.op == "call_module" and not node.meta.get("spliced"):
+        module = model.get_submodule(str(node.target))
+        if not is_building_block(module):
+            return node.all_input_nodes if returns(module) else []
+        viewing = isinstance(module, _VIEWING) or overwrites(model, node)
+    else:
+        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+        known = node.target is boundary or node.op == "call_module" or _VIEWS.fullmatch(str(name))
+        viewing = bool(known) or overwrites(model, node)
+    return [node.args[0]] if viewing and node.args and isinstance(node.args[0], fx.Node) else []
 
 
-def memory(model: nn.Module, node: fx.Node, *, behind: bool = False) -> set[fx.Node]:
+def memory(model: nn.Module, node: fx.Node, returns: Returns, *, behind: bool = False) -> set[fx.Node]:
     """All nodes whose values may lie in the same memory as this one's; ``behind``: only it and its views."""
     found: set[fx.Node] = set()
     rest = [node]
@@ -85,52 +103,57 @@ def memory(model: nn.Module, node: fx.Node, *, behind: bool = False) -> set[fx.N
         node = rest.pop()
         if node not in found:
             found.add(node)
-            rest += [user for user in node.users if _may_be_view(model, user) and user.args[0] is node]
-            source = node.args[0] if node.args and not behind else None
-            if isinstance(source, fx.Node) and _may_be_view(model, node):
-                rest.append(source)
+            rest += [user for user in node.users if node in _viewed(model, user, returns)]
+            rest += [] if behind else _viewed(model, node, returns)
     return found
 
 
 def hidden_writes(
-    model: nn.Module, graph: fx.Graph, overwrites_input: Callable[[nn.Module], bool]
+    model: nn.Module, graph: fx.Graph, effects: Callable[[nn.Module], Effects]
 ) -> Iterator[tuple[fx.Node, fx.Node]]:
     """Values that are read after their memory has been written in a way that no edge of the graph shows.
 
-    A module that stays one call may read one of its inputs after it has overwritten another one.
+    A module that stays one call may read one of its inputs after it has overwritten another one, and may
+    return one. To know this of a module takes a trace of it, so nobody asks before it matters.
 
     Args:
         model: The network that the graph was traced from.
         graph: Its graph, after :func:`follow`.
-        overwrites_input: Whether a module that stays one call does so.
+        effects: What a module that stays one call does to its arguments.
 
     Returns:
         Pairs of an operation and a value that is read after the operation has overwritten it.
     """
     places = {node: place for place, node in enumerate(graph.nodes)}
+
+    def read_after(node: fx.Node, value: fx.Node, visible: bool, returns: Returns) -> list[fx.Node]:
+        return [
+            same
+            for same in memory(model, value, returns)
+            if places[same] < places[node]
+            and (
+                any(places[user] > places[node] and not is_size(user) for user in same.users)
+                or (not visible and same is not value and same in node.all_input_nodes)
+            )
+        ]
+
     for node in graph.nodes:
         visible = overwrites(model, node)
         if not visible and (node.op != "call_module" or node.meta.get("spliced")):
             continue
         for value in node.all_input_nodes[:1] if visible else node.all_input_nodes:
-            read = [
-                same
-                for same in memory(model, value)
-                if places[same] < places[node]
-                and (
-                    any(places[user] > places[node] and not is_size(user) for user in same.users)
-                    or (not visible and same is not value and same in node.all_input_nodes)
-                )
-            ]
-            if read and (visible or overwrites_input(model.get_submodule(str(node.target)))):
-                yield from ((node, same) for same in read)
+            if not read_after(node, value, visible, lambda _: True):
+                continue
+            if visible or effects(model.get_submodule(str(node.target))).overwrites:
+                for same in read_after(node, value, visible, lambda module: effects(module).returns):
+                    yield node, same
 
 
 def refuse_lost_writes(
     model: nn.Module,
     graph: fx.Graph,
     reversals: Collection[str],
-    overwrites_input: Callable[[nn.Module], bool],
+    effects: Callable[[nn.Module], Effects],
 ) -> None:
     """Refuse a reversal between an operation that overwrites a memory and a value that is read out of it.
 
@@ -141,16 +164,18 @@ def refuse_lost_writes(
         SurgeryError: With the two places.
     """
     calls = [node for node in graph.nodes if node.op == "call_module" and node.target in reversals]
-    sides = [memory(model, call, behind=True) for call in calls]
-    if not any(
-        len(call.all_input_nodes[0].users) > 1 or _may_be_view(model, call.all_input_nodes[0])
-        for call in calls
-    ):
+    sources = [call.all_input_nodes[0] for call in calls]
+    if not any(len(source.users) > 1 or _viewed(model, source, lambda _: True) for source in sources):
         return
-    for node, read in hidden_writes(model, graph, overwrites_input):
-        for call, side in zip(calls, sides, strict=True):
+
+    def returns(module: nn.Module) -> bool:
+        return effects(module).returns
+
+    for node, read in hidden_writes(model, graph, effects):
+        for call in calls:
             written = node.all_input_nodes[0]
-            if read in memory(model, call) and (written in side) != (read in side):
+            side = memory(model, call, returns, behind=True)
+            if read in memory(model, call, returns) and (written in side) != (read in side):
                 raise SurgeryError(
                     f"{_name(node)!r} overwrites in place what {_name(read)!r} reads again afterwards, and a "
                     f"reversal between the two ({call.target}) would be lost on one of them",

@@ -9,9 +9,9 @@ import torch
 from torch import fx, nn
 
 from grl_surgery.cutting import apply_cuts
+from grl_surgery.effects import effects
 from grl_surgery.in_place import hidden_writes
 from grl_surgery.links import is_size, links
-from grl_surgery.overwriting import overwrites_input
 from grl_surgery.points import Edge
 from grl_surgery.reversal import GradientReversal
 from grl_surgery.sharing import share_copy
@@ -84,7 +84,7 @@ def predict(oracle: nn.Module, objective: str = "output") -> dict[int, Factors]:
     """
     if not shows_all(oracle):
         return {}
-    if any(True for _ in hidden_writes(oracle, oracle.graph, overwrites_input)):
+    if any(True for _ in hidden_writes(oracle, oracle.graph, effects)):
         return {}
     reversed_by = {cut.module for cut in oracle.cuts}
     heads = [cut.module for cut in oracle.cuts if cut.is_head]

@@ -132,6 +132,50 @@ def test_a_reversal_on_one_of_two_ways_into_a_block_that_overwrites_one_of_them_
     assert torch.equal(gradients(both, x)["linear.weight"], wanted)
 
 
+class MayReturnItsArgument(nn.Module):
+    """A dropout: in eval mode its result is its argument."""
+
+    def forward(self, x):
+        return torch.dropout(x, 0.5, self.training)
+
+
+class Squares(nn.Module):
+    def forward(self, x):
+        return x * x
+
+
+class BlockResultOverwritten(Layers):
+    """What the block returns is overwritten, and what it was given is read again."""
+
+    def __init__(self, block) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x):
+        x = self.a(x)
+        y = self.block(x)
+        y.mul_(2.0)
+        return self.b(x) + y
+
+
+def test_a_reversal_of_a_result_that_may_be_the_argument_is_refused_where_it_would_be_lost(x):
+    model = BlockResultOverwritten(MayReturnItsArgument()).eval()
+    for keywords in ({"after": "block"}, {"before": "block"}):
+        with pytest.raises(
+            gs.SurgeryError, match=r"'mul_' overwrites in place what 'a' reads again afterwards"
+        ):
+            gs.insert_grl(model, **keywords)
+    around = gs.insert_grl(model, after="a")
+    assert torch.equal(gradients(around, x)["a.weight"], -gradients(model, x)["a.weight"])
+
+
+def test_a_result_that_is_a_tensor_of_its_own_may_be_overwritten_behind_a_reversal(x):
+    model = BlockResultOverwritten(Squares())
+    spliced = gs.insert_grl(model, after="block")
+    assert torch.equal(spliced(x), model(x))
+    assert gs.verify_flip(spliced, model, x).ok
+
+
 def test_a_reversal_elsewhere_in_a_network_with_views_that_are_overwritten_is_proved(x):
     class Longer(ThroughAView):
         def forward(self, x):

@@ -12,20 +12,22 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import zoo_work
-from torch import nn
+from torch import Tensor, nn
 
 import grl_surgery as gs
 from grl_surgery.reversal import GradientReversal
 from grl_surgery.trace_copy import is_building_block
 from grl_surgery.tracing import trace
-from grl_surgery.zoo import structural
+from grl_surgery.zoo import shapes, structural
 from grl_surgery.zoo.building import without_values
 from grl_surgery.zoo.ledger import NotProved, Row, add_row, read_rows, write_rows
 from grl_surgery.zoo.names import by_family, every_name, family, matching
 from grl_surgery.zoo.numeric import check_numbers, smallest
 from grl_surgery.zoo.paths import signs_in_autograd
 from grl_surgery.zoo.places import survey
+from grl_surgery.zoo.shapes import shapes_in_one_step
 from grl_surgery.zoo.structural import check_structure
 from grl_surgery.zoo.tiers import check, versions
 from grl_surgery.zoo.workers import run_all
@@ -106,6 +108,49 @@ def test_the_numeric_tier_compares_every_bit() -> None:
 
 
 # ------------------------------------------------------------------------------------- what it must notice
+
+
+_VECTOR, _CHANNELS = torch.empty(6, device="meta"), torch.empty(4, device="meta")
+LAYERS = {
+    "batch_norm": lambda x: F.batch_norm(x, _CHANNELS, _CHANNELS, _CHANNELS, _CHANNELS, True),
+    "batch_norm in eval": lambda x: F.batch_norm(x, _CHANNELS, _CHANNELS, _CHANNELS, _CHANNELS),
+    "layer_norm": lambda x: F.layer_norm(x, (6,), _VECTOR, _VECTOR),
+    "layer_norm over two": lambda x: F.layer_norm(x, (5, 6)),
+    "linear": lambda x: F.linear(x[0, 0], torch.empty(3, 6, device="meta"), torch.empty(3, device="meta")),
+    "attention": lambda x: F.scaled_dot_product_attention(x, x, x),
+    "clamp_": lambda x: x.clone().clamp_(0, 1),
+    "normal_": lambda x: x.clone().normal_(),
+    **{
+        name: getattr(F, name)
+        for name in ("gelu", "relu", "relu6", "hardswish", "hardsigmoid", "mish", "elu")
+    },
+    **{name: getattr(F, name) for name in ("leaky_relu", "softplus", "hardtanh")},
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_shape_in_one_step_is_the_shape_and_the_record_that_torch_works_out(layer: str) -> None:
+    dense = torch.empty(2, 4, 5, 6, device="meta")
+    last = dense.to(memory_format=torch.channels_last)
+    for x in (dense, last, dense.double(), dense.transpose(0, 1).contiguous().transpose(0, 1)):
+        x = x.detach().requires_grad_()
+        wanted = LAYERS[layer](x)
+        with shapes_in_one_step():
+            found = LAYERS[layer](x)
+        assert _facts(found) == _facts(wanted)
+
+
+def _facts(value: Tensor) -> tuple[Any, ...]:
+    assert value.grad_fn is not None
+    return value.shape, value.dtype, value.device, value.stride(), value.grad_fn.name()
+
+
+def test_what_torch_works_out_itself_is_back_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(shapes._KERNELS, "gelu", lambda x, **_: x.new_empty(7))
+    x = torch.empty(2, 3, device="meta")
+    with shapes_in_one_step():
+        assert F.gelu(x).shape == (7,)
+    assert F.gelu(x).shape == (2, 3)
 
 
 def test_a_reversal_that_is_lost_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -26,6 +27,7 @@ from grl_surgery.zoo.ledger import NotProved, Row
 from grl_surgery.zoo.names import family
 from grl_surgery.zoo.paths import recorded_nodes, signs_in_autograd
 from grl_surgery.zoo.places import Place, Survey, survey
+from grl_surgery.zoo.shapes import shapes_in_one_step
 
 __all__ = ["check_structure"]
 
@@ -47,6 +49,12 @@ def check_structure(source: str) -> Row:
         SurgeryError: A cut cannot be made.
     """
     start = time.process_time()
+    with shapes_in_one_step():
+        row = _check(source)
+    return replace(row, seconds=round(time.process_time() - start, 2))
+
+
+def _check(source: str) -> Row:
     model = without_values(source)
     found = survey(model)
     times = _each_cut(model, found.places)
@@ -69,7 +77,6 @@ def check_structure(source: str) -> Row:
         {place.role: str(place.at) for place in found.places},
         device=device,
         splice_ms=round(1e3 * median(times), 2),
-        seconds=round(time.process_time() - start, 2),
         facts={"parameters": sum(parameter.numel() for parameter in model.parameters())},
     )
 

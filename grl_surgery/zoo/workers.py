@@ -16,7 +16,7 @@ __all__ = ["run_all"]
 Work = Callable[[str], Any]
 
 # A worker is exchanged after this many names: torch.fx keeps the source of every graph that it has compiled.
-_LIFETIME = 200
+_LIFETIME = 400
 
 
 def run_all(

@@ -1,48 +1,58 @@
-"""Whether a module that stays one call overwrites what it is given."""
+"""What a module that stays one call does to the memory of what it is given."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 from torch import fx, nn
 
 from grl_surgery.errors import TracingError
-from grl_surgery.in_place import memory, overwrites
+from grl_surgery.in_place import Effects, memory, overwrites
 from grl_surgery.trace_copy import is_building_block
 from grl_surgery.tracing import trace
 
-__all__ = ["overwrites_input"]
+__all__ = ["effects"]
+
 
 # The answer for each kind of block: a deep network has dozens that are alike.
-_OVERWRITES: dict[Any, bool] = {}
+_KNOWN: dict[Any, Effects] = {}
 
 
-def overwrites_input(module: nn.Module) -> bool:
-    """Whether a module's forward overwrites something that it is given; not, where nobody can tell."""
+def effects(module: nn.Module) -> Effects:
+    """What a module's forward does to its arguments; nothing, where nobody can tell.
+
+    Example:
+        >>> effects(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(2, 2)))
+        Effects(overwrites=True, returns=False)
+    """
     if is_building_block(module):
-        return getattr(module, "inplace", False) is True
+        in_place = getattr(module, "inplace", False) is True
+        return Effects(in_place, in_place)
     if any(isinstance(inner, fx.GraphModule) for inner in module.modules()):  # each is a class of its own
-        return _overwrites_in_trace(module)
+        return _in_trace(module)
     alike = _likeness(module)
-    if alike not in _OVERWRITES:
-        if len(_OVERWRITES) > 1000:
-            _OVERWRITES.clear()
-        _OVERWRITES[alike] = _overwrites_in_trace(module)
-    return _OVERWRITES[alike]
+    if alike not in _KNOWN:
+        if len(_KNOWN) > 1000:
+            _KNOWN.clear()
+        _KNOWN[alike] = _in_trace(module)
+    return _KNOWN[alike]
 
 
-def _overwrites_in_trace(module: nn.Module) -> bool:
+def _in_trace(module: nn.Module) -> Effects:
     paths = {path for path, inner in module.named_modules() if not is_building_block(inner)}
     try:
         graphs = trace(module, paths, lenient=True).graphs.values()
     except TracingError:
-        return False
-    return any(
-        overwrites(module, node) and any(same.op == "placeholder" for same in memory(module, node))
-        for graph in graphs
-        for node in graph.nodes
-    )
+        return Effects()
+    nodes = [node for graph in graphs for node in graph.nodes]
+    returned = [value for node in nodes if node.op == "output" for value in node.all_input_nodes]
+
+    def any_argument(values: Iterable[fx.Node]) -> bool:
+        known = (memory(module, value, lambda _: False) for value in values)
+        return any(same.op == "placeholder" for memory_of in known for same in memory_of)
+
+    return Effects(any_argument(node for node in nodes if overwrites(module, node)), any_argument(returned))
 
 
 def _likeness(module: nn.Module) -> Hashable:
