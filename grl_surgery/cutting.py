@@ -18,7 +18,7 @@ from grl_surgery.errors import (
     SurgeryError,
     TracingError,
 )
-from grl_surgery.in_place import overwrites, refuse_lost_writes
+from grl_surgery.in_place import overwrites, refuse_lost_writes, refuse_unseen_reads
 from grl_surgery.links import is_size, links, origin, rewrite
 from grl_surgery.opaque import opaque_graph, pick, reverse_each, tap
 from grl_surgery.points import (
@@ -90,6 +90,8 @@ def apply_cuts(
             except (PointNotFoundError, TracingError):
                 raise error from None
         if changed == 0:
+            for graph in traced.graphs.values():
+                refuse_unseen_reads(model, graph, str(cut.at), effects)
             raise SurgeryError(
                 f"nothing uses the value {cut}, so a reversal there would have no effect",
                 choices=near_names(str(cut.at), names),

@@ -49,7 +49,7 @@ def _in_trace(module: nn.Module) -> Effects:
     returned = [value for node in nodes if node.op == "output" for value in node.all_input_nodes]
 
     def any_argument(values: Iterable[fx.Node]) -> bool:
-        known = (memory(module, value, lambda _: False) for value in values)
+        known = (memory(module, value, lambda _: Effects()) for value in values)
         return any(same.op == "placeholder" for memory_of in known for same in memory_of)
 
     return Effects(any_argument(node for node in nodes if overwrites(module, node)), any_argument(returned))

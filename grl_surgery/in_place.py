@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
+from types import FunctionType
 from typing import NamedTuple
 
 from torch import fx, nn
@@ -13,7 +15,15 @@ from grl_surgery.links import is_size, origin
 from grl_surgery.trace_copy import is_building_block
 from grl_surgery.tracer import IN_PLACE, boundary
 
-__all__ = ["Effects", "follow", "hidden_writes", "memory", "overwrites", "refuse_lost_writes"]
+__all__ = [
+    "Effects",
+    "follow",
+    "hidden_writes",
+    "memory",
+    "overwrites",
+    "refuse_lost_writes",
+    "refuse_unseen_reads",
+]
 
 
 class Effects(NamedTuple):
@@ -28,7 +38,7 @@ class Effects(NamedTuple):
     returns: bool = False
 
 
-Returns = Callable[[nn.Module], bool]
+EffectsOf = Callable[[nn.Module], Effects]
 
 
 def overwrites(model: nn.Module, node: fx.Node) -> bool:
@@ -81,12 +91,14 @@ _VIEWS = re.compile(
 _VIEWING = (nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 
-def _viewed(model: nn.Module, node: fx.Node, returns: Returns) -> list[fx.Node]:
+def _viewed(model: nn.Module, node: fx.Node, effects: EffectsOf) -> list[fx.Node]:
     """The values in whose memory the node's may lie."""
+    if _is_unknown(node):  # perhaps a named tuple of its arguments
+        return node.all_input_nodes
     if node.op == "call_module" and not node.meta.get("spliced"):
         module = model.get_submodule(str(node.target))
         if not is_building_block(module):
-            return node.all_input_nodes if returns(module) else []
+            return node.all_input_nodes if effects(module).returns else []
         viewing = isinstance(module, _VIEWING) or overwrites(model, node)
     else:
         name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
@@ -95,7 +107,13 @@ def _viewed(model: nn.Module, node: fx.Node, returns: Returns) -> list[fx.Node]:
     return [node.args[0]] if viewing and node.args and isinstance(node.args[0], fx.Node) else []
 
 
-def memory(model: nn.Module, node: fx.Node, returns: Returns, *, behind: bool = False) -> set[fx.Node]:
+def _is_unknown(node: fx.Node) -> bool:
+    """Whether it calls code in Python that is not torch's, and was not traced through."""
+    code = node.op == "call_function" and isinstance(node.target, (type, FunctionType))
+    return code and node.target is not boundary and not str(node.target.__module__).startswith("torch")
+
+
+def memory(model: nn.Module, node: fx.Node, effects: EffectsOf, *, behind: bool = False) -> set[fx.Node]:
     """All nodes whose values may lie in the same memory as this one's; ``behind``: only it and its views."""
     found: set[fx.Node] = set()
     rest = [node]
@@ -103,14 +121,12 @@ def memory(model: nn.Module, node: fx.Node, returns: Returns, *, behind: bool = 
         node = rest.pop()
         if node not in found:
             found.add(node)
-            rest += [user for user in node.users if node in _viewed(model, user, returns)]
-            rest += [] if behind else _viewed(model, node, returns)
+            rest += [user for user in node.users if node in _viewed(model, user, effects)]
+            rest += [] if behind else _viewed(model, node, effects)
     return found
 
 
-def hidden_writes(
-    model: nn.Module, graph: fx.Graph, effects: Callable[[nn.Module], Effects]
-) -> Iterator[tuple[fx.Node, fx.Node]]:
+def hidden_writes(model: nn.Module, graph: fx.Graph, effects: EffectsOf) -> Iterator[tuple[fx.Node, fx.Node]]:
     """Values that are read after their memory has been written in a way that no edge of the graph shows.
 
     A module that stays one call may read one of its inputs after it has overwritten another one, and may
@@ -125,35 +141,60 @@ def hidden_writes(
         Pairs of an operation and a value that is read after the operation has overwritten it.
     """
     places = {node: place for place, node in enumerate(graph.nodes)}
-
-    def read_after(node: fx.Node, value: fx.Node, visible: bool, returns: Returns) -> list[fx.Node]:
-        return [
-            same
-            for same in memory(model, value, returns)
-            if places[same] < places[node]
-            and (
-                any(places[user] > places[node] and not is_size(user) for user in same.users)
-                or (not visible and same is not value and same in node.all_input_nodes)
-            )
-        ]
-
-    for node in graph.nodes:
+    for node, value in _suspects(model, graph):
         visible = overwrites(model, node)
-        if not visible and (node.op != "call_module" or node.meta.get("spliced")):
-            continue
-        for value in node.all_input_nodes[:1] if visible else node.all_input_nodes:
-            if not read_after(node, value, visible, lambda _: True):
-                continue
-            if visible or effects(model.get_submodule(str(node.target))).overwrites:
-                for same in read_after(node, value, visible, lambda module: effects(module).returns):
+        if visible or effects(model.get_submodule(str(node.target))).overwrites:
+            for same in memory(model, value, effects):
+                if places[same] < places[node] and (
+                    any(places[user] > places[node] and not is_size(user) for user in same.users)
+                    or (not visible and same is not value and same in node.all_input_nodes)
+                ):
                     yield node, same
+
+
+def _suspects(model: nn.Module, graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """What may overwrite, and the values whose memory may be read afterwards, if all blocks return arguments.
+
+    In one walk through the graph: a deep network has hundreds of blocks, and few write.
+    """
+    last_read: dict[int, int] = {}  # of the values so far that may lie in one memory
+    shared = _memories(model, graph)
+    places = {node: place for place, node in enumerate(graph.nodes)}
+    for node, place in places.items():
+        visible = overwrites(model, node)
+        if visible or (node.op == "call_module" and not node.meta.get("spliced")):
+            values = node.all_input_nodes[:1] if visible else node.all_input_nodes
+            together = Counter(shared[value] for value in values)
+            for value in values:
+                if last_read[shared[value]] > place or together[shared[value]] > 1:
+                    yield node, value
+        read = max((places[user] for user in node.users if not is_size(user)), default=0)
+        last_read[shared[node]] = max(read, last_read.get(shared[node], 0))
+
+
+def _memories(model: nn.Module, graph: fx.Graph) -> dict[fx.Node, int]:
+    """A number for each node, equal where values may lie in one memory if all blocks return arguments."""
+    joined: dict[fx.Node, list[fx.Node]] = {node: [] for node in graph.nodes}
+    for node in graph.nodes:
+        for value in _viewed(model, node, lambda _: Effects(returns=True)):
+            joined[node].append(value)
+            joined[value].append(node)
+    numbers: dict[fx.Node, int] = {}
+    for number, start in enumerate(graph.nodes):
+        rest = [] if start in numbers else [start]
+        while rest:
+            node = rest.pop()
+            if node not in numbers:
+                numbers[node] = number
+                rest += joined[node]
+    return numbers
 
 
 def refuse_lost_writes(
     model: nn.Module,
     graph: fx.Graph,
     reversals: Collection[str],
-    effects: Callable[[nn.Module], Effects],
+    effects: EffectsOf,
 ) -> None:
     """Refuse a reversal between an operation that overwrites a memory and a value that is read out of it.
 
@@ -164,23 +205,33 @@ def refuse_lost_writes(
         SurgeryError: With the two places.
     """
     calls = [node for node in graph.nodes if node.op == "call_module" and node.target in reversals]
-    sources = [call.all_input_nodes[0] for call in calls]
-    if not any(len(source.users) > 1 or _viewed(model, source, lambda _: True) for source in sources):
-        return
-
-    def returns(module: nn.Module) -> bool:
-        return effects(module).returns
-
     for node, read in hidden_writes(model, graph, effects):
+        shared = memory(model, read, effects)
         for call in calls:
-            written = node.all_input_nodes[0]
-            side = memory(model, call, returns, behind=True)
-            if read in memory(model, call, returns) and (written in side) != (read in side):
-                raise SurgeryError(
-                    f"{_name(node)!r} overwrites in place what {_name(read)!r} reads again afterwards, and a "
-                    f"reversal between the two ({call.target}) would be lost on one of them",
-                    example=f"after={_name(read)!r}, which reverses both",
+            side = memory(model, call, effects, behind=True)
+            if call in shared and (node.all_input_nodes[0] in side) != (read in side):
+                raise _lost(
+                    node, read, shared, f"between the two ({call.target}) would be lost on one of them"
                 )
+
+
+def refuse_unseen_reads(model: nn.Module, graph: fx.Graph, point: str, effects: EffectsOf) -> None:
+    """Refuse a reversal after an operation that nothing uses but by reading the memory that it overwrites.
+
+    Raises:
+        SurgeryError: With the two places.
+    """
+    for node, read in hidden_writes(model, graph, effects):
+        if _name(node) == point:
+            shared = memory(model, read, effects)
+            raise _lost(node, read, shared, "after the former would not be on the way")
+
+
+def _lost(node: fx.Node, read: fx.Node, shared: Collection[fx.Node], where: str) -> SurgeryError:
+    what = f"{_name(node)!r} overwrites in place what {_name(read)!r} reads again afterwards"
+    whole = min(shared, key=list(node.graph.nodes).index)
+    example = f"after={_name(whole)!r}, which reverses both"
+    return SurgeryError(f"{what}, and a reversal {where}", example=example)
 
 
 def _name(node: fx.Node) -> str:

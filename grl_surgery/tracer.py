@@ -241,7 +241,8 @@ class Tracer(fx.Tracer):
             raise RuntimeError(f"part of it runs under another {changed[0]}, which a graph would lose")
         node = super().create_node(kind, target, *args, **kwargs)
         node.meta.pop("nn_module_stack", None)
-        node.meta.update(base=self.base_name(node), line=_line_of_forward())
+        line = ("", 0) if node.op == "get_attr" else _line_of_forward()
+        node.meta.update(base=self.base_name(node), line=line)
         return node
 
     def base_name(self, node: fx.Node) -> str:
@@ -456,15 +457,20 @@ def operation(node: fx.Node) -> str:
 
 
 TORCH = os.path.dirname(torch.__file__) + os.sep
-_MACHINERY = (f"{TORCH}fx", __file__, os.path.join(os.path.dirname(__file__), "function_calls.py"))
+_LAYERS = os.path.join(TORCH, "nn", "modules")  # whose forwards are traced like anybody's
+_MACHINERY = (TORCH, __file__, os.path.join(os.path.dirname(__file__), "function_calls.py"))
 
 
 def _line_of_forward() -> tuple[str, int]:
     """The line of the network's code that is being traced."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename.startswith(_MACHINERY):
+    while frame is not None and _is_machinery(frame.f_code.co_filename):
         frame = frame.f_back
     return (frame.f_code.co_filename, frame.f_lineno) if frame else ("", 0)
+
+
+def _is_machinery(file: str) -> bool:
+    return file.startswith(_MACHINERY) and not file.startswith(_LAYERS)
 
 
 class KeywordOnlyCodeGen(fx.graph.CodeGen):

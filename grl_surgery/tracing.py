@@ -200,12 +200,18 @@ def _number_nodes(rows: Sequence[Sequence[fx.Node]]) -> None:
         calls: dict[Any, list[fx.Node]] = {}
         for node in row:
             calls.setdefault(node.meta.get("call") or node, []).append(node)
-        things.append(list(calls.values()))
+        things.append(sorted(calls.values(), key=_stored))
     named = number([[(_base(nodes[0]), nodes[0].meta["line"]) for nodes in thing] for thing in things])
     for thing, names in zip(things, named, strict=True):
         for nodes, name in zip(thing, names, strict=True):
             for node in nodes:
                 node.meta["point"] = name
+
+
+def _stored(thing: Sequence[fx.Node]) -> tuple[bool, str]:
+    """Parameters and buffers come first, by name: where one is read first depends on the mode."""
+    stored = thing[0].op == "get_attr"
+    return (False, str(thing[0].meta["base"])) if stored else (True, "")
 
 
 def _base(node: fx.Node) -> str:

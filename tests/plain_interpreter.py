@@ -1,14 +1,13 @@
 """The oracle for random networks: runs a block's steps one by one, and reverses gradients by tensor hooks.
 
-It knows nothing of torch.fx or of this library. Nothing is ever overwritten in place: a value that shares
-memory with another one knows how it is read out of that memory, so what an in-place operation does to every
-view of it is computed afresh, with its gradient.
+It knows nothing of torch.fx, and of this library only how it numbers names. Nothing is ever overwritten: a
+value that shares memory with another one knows how it is read out of that memory, so what an in-place
+operation does to every view of it is computed afresh, with its gradient.
 """
 
 from __future__ import annotations
 
 import operator
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from random_networks import ITEMS, Block, Operation, Pair, Step, module_path
 from torch import nn
+
+from grl_surgery.points import number
 
 Place = tuple[Any, ...]  # where in the execution: numbers of steps, from the root inwards
 
@@ -36,32 +37,29 @@ class Reversal:
 
 
 def named_places(block: Block) -> dict[Place, str]:
-    """The name of every call and operation: its path, numbered where several share it, train before eval."""
-    bases = dict(_places(block, "", ()))
-    total, seen = Counter(bases.values()), Counter[str]()
-    names = {}
-    for place, base in bases.items():
-        seen[base] += 1
-        names[place] = base if total[base] == 1 else f"{base}#{seen[base]}"
-    return names
+    """The name of every call and operation: its path, numbered over both modes where several share it."""
+    rows = [list(_places(block, "", (), training)) for training in (True, False)]
+    numbered = number([[(base, line) for _, base, line in row] for row in rows])
+    return {
+        place: name
+        for row, names in zip(rows, numbered, strict=True)
+        for (place, _, _), name in zip(row, names, strict=True)
+    }
 
 
-def _places(block: Block, prefix: str, where: Place) -> Iterator[tuple[Place, str]]:
+def _places(block: Block, prefix: str, where: Place, training: bool) -> Iterator[tuple[Place, str, Place]]:
+    """Every call and operation in one mode, what it is called so far, and the line that it stands on."""
     for index, step in enumerate(block.steps):
-        for branch in _in_order(step):
-            place = (*where, index, branch is step)
-            if branch.operation is not None:
-                for node in _computed(branch.operation):
-                    yield (*place, node), prefix + node.format(m=own_path(block, branch))
-            else:
-                yield place, prefix + own_path(block, branch)
-                yield from _places(called(block, branch), f"{prefix}{own_path(block, branch)}.", place)
-
-
-def _in_order(step: Step) -> list[Step]:
-    if step.other is None:
-        return [step]
-    return [step, step.other] if step.mode else [step.other, step]
+        branch = step if step.other is None or step.mode == training else step.other
+        line = (prefix, index, branch is step)
+        place = (*where, index, branch is step)
+        path = own_path(block, branch)
+        if branch.operation is not None:
+            for node in _computed(branch.operation):
+                yield (*place, node), prefix + node.format(m=path), line
+        else:
+            yield place, prefix + path, line
+            yield from _places(called(block, branch), f"{prefix}{path}.", place, training)
 
 
 def _computed(operation: Operation) -> list[str]:
@@ -206,6 +204,7 @@ class Interpreter:
         self.points: dict[str, bool] = {}  # of those with a tensor: whether anything uses it
         self.edges: list[tuple[tuple[str, ...], str, str]] = []
         self.ends: dict[str, bool] = {}  # of what can stand in before=: whether it takes tensors only
+        self.layers: set[str] = set()  # paths of the layers that are called
 
     def run(self, *inputs: torch.Tensor) -> Any:
         """What the network returns."""
@@ -235,10 +234,10 @@ class Interpreter:
         if inner.packed != "plain" and len(inputs) > 1:
             keys = ITEMS["tuple"] if inner.packed == "Pair" else ITEMS[inner.packed]
             args = [f"0{key}" for key in keys]
-        entered = []
+        entered, once = [], {}
         self.ends[name] = not all(value.is_float for value in inputs)
         for value, arg in zip(inputs, args, strict=True):
-            value = self.use(value, name, arg)
+            value = self.use(value, name, arg, once)
             entered.append(value.same())
         submodule = module.get_submodule(path)
         results = self.call(inner, submodule, f"{prefix}{path}.", place, entered)
@@ -261,15 +260,17 @@ class Interpreter:
         operation = step.operation
         assert operation is not None
         path = own_path(block, step)
+        if operation.source.startswith("self.{m}("):
+            self.layers.add(prefix + path)
 
         def name_of(node: str) -> str:
             node = node.partition("[")[0]
             return self.names.get((*place, node), prefix + node.format(m=path))
 
-        used = []
-        for number, value in enumerate(inputs):
-            node, arg = operation.use(number)
-            used.append(self.use(value, name_of(node), arg))
+        used, once = [], {}
+        for index, value in enumerate(inputs):
+            node, arg = operation.use(index)
+            used.append(self.use(value, name_of(node), arg, once))
         source = (operation.pure or operation.source).replace("{m}", step.path)
         environment: dict[str, Any] = {
             "torch": torch,
@@ -282,7 +283,7 @@ class Interpreter:
             held = operation.reads.format(m=step.path)
             value = fresh(eval(f"self.{held}", {"self": module}))
             value = self.define(value, prefix + operation.reads.format(m=path), is_end=False)
-            environment["held"] = self.use(value, name_of(operation.nodes[-1]), "1").read()
+            environment["held"] = self.use(value, name_of(operation.nodes[-1]), "1", {}).read()
             source = source.replace(f"self.{held}", "held")
         function = eval(f"lambda x0=None, x1=None, x2=None: {source.format('x0', 'x1', 'x2')}", environment)
         ends = {operation.use(number)[0] for number in range(len(inputs))} or {operation.nodes[-1]}
@@ -330,14 +331,17 @@ class Interpreter:
                 value = value.reversed(reversal.coeff)
         return value
 
-    def use(self, value: Value, target: str, arg: str) -> Value:
+    def use(self, value: Value, target: str, arg: str, once: dict[Any, Value]) -> Value:
+        """The value as the target gets it; before a call, what it takes twice is reversed once."""
         self.read(value, target, arg)
         for reversal in self.reversals:
-            on_edge = reversal.kind == "edge" and reversal.at in value.names
-            if (on_edge and (reversal.target, reversal.arg) == (target, arg)) or (
-                reversal.kind == "before" and reversal.at == target
-            ):
-                value = value.reversed(reversal.coeff)
+            if reversal.kind == "edge" and reversal.at in value.names:
+                if (reversal.target, reversal.arg) == (target, arg):
+                    value = value.reversed(reversal.coeff)
+            elif reversal.kind == "before" and reversal.at == target:
+                if (value, reversal) not in once:
+                    once[value, reversal] = value.reversed(reversal.coeff)
+                value = once[value, reversal]
         return value
 
     def read(self, value: Value, target: str, arg: str) -> torch.Tensor:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import pytest
 import torch
+import torch.nn.functional as F
 from test_splicing import assert_same_gradients, gradients, names
 from torch import nn
 
 import grl_surgery as gs
 from grl_surgery.tracing import trace
+
+
+class Pair(NamedTuple):
+    left: Any
+    right: Any
 
 
 class Layers(nn.Module):
@@ -169,6 +177,42 @@ def test_a_reversal_of_a_result_that_may_be_the_argument_is_refused_where_it_wou
     assert torch.equal(gradients(around, x)["a.weight"], -gradients(model, x)["a.weight"])
 
 
+class Passes(nn.Module):
+    """Returns what it was given, in a named tuple and in a dict."""
+
+    def forward(self, x):
+        return Pair(x, {"same": x})
+
+
+class PassedOn(Layers):
+    """One tensor by three names; the first is overwritten, the second may be read again."""
+
+    def __init__(self, read_again) -> None:
+        super().__init__()
+        self.block, self.read_again = Passes(), read_again
+
+    def forward(self, x):
+        x = self.a(x)
+        pair = self.block(x)
+        y = pair[0].mul_(2.0)
+        return pair[1]["same"] * 3.0 if self.read_again else self.b(y)
+
+
+@pytest.mark.parametrize("keywords", [{"edge": ("block[0]", "mul_")}, {"after": "mul_"}])
+def test_a_block_may_return_its_argument_in_a_container(x, keywords):
+    model = PassedOn(read_again=True)
+    with pytest.raises(gs.SurgeryError) as error:
+        gs.insert_grl(model, **keywords)
+    assert "'mul_' overwrites in place what 'block' reads again afterwards" in str(error.value)
+    assert "after='a', which reverses both" in str(error.value)
+    assert gs.verify_flip(gs.insert_grl(model, after="a"), model, x).ok
+
+
+def test_what_a_block_passes_on_and_nobody_reads_again_is_proved(x):
+    model = PassedOn(read_again=False)
+    assert gs.verify_flip(gs.insert_grl(model, after="mul_"), model, x).ok
+
+
 def test_a_result_that_is_a_tensor_of_its_own_may_be_overwritten_behind_a_reversal(x):
     model = BlockResultOverwritten(Squares())
     spliced = gs.insert_grl(model, after="block")
@@ -221,6 +265,35 @@ def test_a_name_means_the_same_call_in_both_modes():
     in_train, in_eval = names(model.train()), names(model.eval())
     assert in_train == ["x", "a", "relu#1", "output"]
     assert in_eval == ["x", "b", "mul", "relu#2", "output"]
+
+
+def test_a_functional_of_torch_is_told_apart_by_its_line_too():
+    class Branches(Layers):
+        def forward(self, x):
+            if self.training:
+                return F.relu(self.a(x), inplace=True)
+            return F.relu(x, inplace=True) * 2
+
+    model = Branches()
+    assert names(model.train()) == ["x", "a", "relu#1", "output"]
+    assert names(model.eval()) == ["x", "relu#2", "mul", "output"]
+
+
+def test_a_parameter_is_one_thing_wherever_each_mode_reads_it_first():
+    class Branches(Layers):
+        def forward(self, x):
+            y = x if self.training else x * self.a.weight
+            return torch.tanh(self.b.weight * y) * self.a.weight
+
+    model = Branches()
+    assert "a.weight" in names(model.train())
+    assert "a.weight" in names(model.eval())
+    spliced = gs.insert_grl(model, after="a.weight")
+    x = torch.randn(6, 6)
+    for mode in (True, False):
+        plain, found = gradients(model.train(mode), x), gradients(spliced.train(mode), x)
+        assert torch.equal(found["a.weight"], -plain["a.weight"])
+        assert torch.equal(found["b.weight"], plain["b.weight"])
 
 
 class Two(Layers):

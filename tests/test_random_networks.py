@@ -102,8 +102,14 @@ def outputs_and_gradients(case: Case, network: Any, run: Any) -> tuple[Any, dict
 def places_to_cut(case: Case, interpreter: Interpreter) -> list[dict[str, Any]]:
     """Arguments of insert_grl for every place of the wanted kind that a reversal can stand at."""
     if case.kind == "after":
-        used = [name for name, is_used in interpreter.points.items() if is_used]
-        return [{"after": name} for name in (used * 5 + list(interpreter.points))]
+        # After a parameter is after all uses of it: a layer that is called as well has another one inside.
+        points = {
+            name: is_used
+            for name, is_used in interpreter.points.items()
+            if name.rpartition(".")[0] not in interpreter.layers
+        }
+        used = [name for name, is_used in points.items() if is_used]
+        return [{"after": name} for name in (used * 5 + list(points))]
     if case.kind == "before":
         return [{"before": name} for name, mixed in interpreter.ends.items() if not mixed]
     return [

@@ -181,6 +181,21 @@ def test_a_predicate_can_look_at_shapes():
     assert list(gs.reversals(spliced)) == ["grl_fc"]
 
 
+def test_after_a_parameter_is_after_every_use_of_it_also_inside_the_layer_that_holds_it():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 6)
+
+        def forward(self, x):
+            return self.layer(torch.tanh(nn.functional.linear(x, self.layer.weight)))
+
+    model, x = Tied(), vector()
+    plain, found = gradients(model, x), gradients(gs.insert_grl(model, after="layer.weight"), x)
+    assert torch.equal(found["layer.weight"], -plain["layer.weight"])
+    assert torch.equal(found["layer.bias"], plain["layer.bias"])
+
+
 def test_one_item_of_a_tuple_is_reversed_for_those_who_take_it_and_those_who_take_the_whole():
     model, x = Tuples(), vector()
     plain = gradients(model, x)
