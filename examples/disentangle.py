@@ -5,6 +5,9 @@ first; a second one, behind a reversal, must not be able to read it from the oth
 what the first lacks: slant, stroke width, size. Exchanging codes between two digits then writes the one in
 the other's hand.
 
+Every seed divides the images anew into two thirds to train on and one to measure on; printed are the mean
+over the seeds, and the least and the most.
+
     python examples/disentangle.py
     python examples/disentangle.py --plot disentangle.png
 """
@@ -12,6 +15,7 @@ the other's hand.
 from __future__ import annotations
 
 import argparse
+from statistics import mean
 
 import torch
 from sklearn.datasets import load_digits
@@ -67,13 +71,14 @@ class Autoencoder(nn.Module):
         return self.content(hidden), self.style(hidden)
 
 
-def load() -> tuple[Tensor, Tensor]:
-    """Images (1797, 64) in [0, 1], and which digit each is."""
+def load(seed: int) -> tuple[Tensor, Tensor]:
+    """Images (1797, 64) in [0, 1] and which digit each is, in an order of the seed's."""
     digits = load_digits()
-    return torch.from_numpy(digits.data).float() / 16.0, torch.from_numpy(digits.target).long()
+    order = torch.randperm(len(digits.data), generator=torch.Generator().manual_seed(seed))
+    return torch.from_numpy(digits.data).float()[order] / 16.0, torch.from_numpy(digits.target).long()[order]
 
 
-def train(images: Tensor, labels: Tensor, coeff: float, steps: int, seed: int = 0) -> nn.Module:
+def train(images: Tensor, labels: Tensor, coeff: float, steps: int, seed: int) -> nn.Module:
     """The autoencoder without the adversary again."""
     torch.manual_seed(seed)
     network = Autoencoder()
@@ -127,6 +132,7 @@ def swap(network: Autoencoder, images: Tensor) -> Tensor:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--coeffs", type=float, nargs="+", default=[0.0, 1.0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--plot", metavar="FILE.png")
     return parser.parse_args(arguments)
@@ -134,14 +140,22 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
-    images, labels = load()
-    border = len(images) * 2 // 3
     networks = {}
     for coeff in args.coeffs:
-        network = networks[coeff] = train(images[:border], labels[:border], coeff, args.steps)
-        found = measure(network, images, labels)
-        print(f"coeff {coeff:<4}  " + "   ".join(f"{name} {value:.3f}" for name, value in found.items()))
+        rows = []
+        for seed in args.seeds:
+            images, labels = load(seed)
+            border = len(images) * 2 // 3
+            network = train(images[:border], labels[:border], coeff, args.steps, seed)
+            rows.append(measure(network, images, labels))
+            networks.setdefault(coeff, network)
+        print(f"coeff {coeff}, {len(rows)} seeds")
+        for name in rows[0]:
+            values = [row[name] for row in rows]
+            print(f"  {name:<27} {mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
     if args.plot:
+        images, labels = load(args.seeds[0])
+        border = len(images) * 2 // 3
         plot(networks, images[border:], labels[border:], args.plot)
 
 

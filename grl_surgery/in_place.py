@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from types import FunctionType
@@ -83,10 +82,13 @@ def _marked(node: fx.Node) -> Iterator[fx.Node]:
 
 # ------------------------------------------------------------------------------------------------- views
 
-_VIEWS = re.compile(
-    "(view|reshape|expand)(_as)?|(un)?flatten|(un)?squeeze|transpose|t|permute|moveaxis|movedim|swap(axes|dims)|"
-    "narrow|select|chunk|split|tensor_split|unbind|diagonal|unfold|getitem|as_strided|real|imag|contiguous|"
-    "detach|to|float|double|type_as|(alpha_|feature_)?dropout"
+# torch's functions and methods whose result may lie in the memory of what they are given.
+_VIEWS = frozenset(
+    """
+    view view_as reshape reshape_as expand expand_as flatten unflatten squeeze unsqueeze transpose t permute
+    moveaxis movedim swapaxes swapdims narrow select chunk split tensor_split unbind diagonal unfold getitem
+    as_strided real imag contiguous detach to float double type_as dropout alpha_dropout feature_dropout
+    """.split()  # noqa: SIM905
 )
 _VIEWING = (nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
@@ -102,8 +104,8 @@ def _viewed(model: nn.Module, node: fx.Node, effects: EffectsOf) -> list[fx.Node
         viewing = isinstance(module, _VIEWING) or overwrites(model, node)
     else:
         name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-        known = node.target is boundary or node.op == "call_module" or _VIEWS.fullmatch(str(name))
-        viewing = bool(known) or overwrites(model, node)
+        known = node.target is boundary or node.op == "call_module" or str(name) in _VIEWS
+        viewing = known or overwrites(model, node)
     return [node.args[0]] if viewing and node.args and isinstance(node.args[0], fx.Node) else []
 
 

@@ -64,7 +64,7 @@ def test_an_example_runs(
     ("example", "arguments", "says"),
     [
         ("fairness", ["--coeffs", "0", "1", "--seeds", "0", "--steps", "5"], "AUC of the decision"),
-        ("disentangle", ["--steps", "5"], "style, by 10 neighbours"),
+        ("disentangle", ["--steps", "5", "--seeds", "0", "1"], "style, by 10 neighbours"),
         ("adversarial", ["--steps", "8"], "after 0 steps: espresso 0.95"),
     ],
     indirect=["example"],
