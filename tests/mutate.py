@@ -30,6 +30,7 @@ SURGERY = ("test_in_place.py", "test_splicing.py", "test_sharing.py", "test_poin
 KINDS = ("test_kinds.py", "test_opaque.py")
 PROOF = ("test_verification.py", "test_broken_surgeries.py")
 REVERSAL = ("test_reversal.py",)
+CONTEXTS = ("test_reversal_contexts.py",)
 FILES = ("test_bad_input.py", "test_exporting_hostile.py")
 
 
@@ -60,7 +61,7 @@ MUTANTS = [
     Mutant("reversal.py", "persistent=False", "persistent=True", REVERSAL),
     Mutant("reversal.py", "coeff.dim() != 1 or x.dim() == 0 or ", "", REVERSAL),
     Mutant("reversal.py", "if not coeff.is_floating_point():", "if False:", REVERSAL),
-    Mutant("reversal.py", "    return x.clone()\n", "    return x\n", REVERSAL),
+    Mutant("reversal.py", "    return x.clone()\n", "    return x\n", CONTEXTS),
     Mutant("cutting.py", "for user in users:", "for user in users[1:]:"),
     Mutant("cutting.py", "for user in users:", "for user in users[:1]:"),
     Mutant("cutting.py", "return len(users)", "return 1"),

@@ -101,10 +101,46 @@ def test_a_value_is_read_from_the_operation_that_overwrote_it(x):
     assert edges == {"x -> a", "a -> mul_", "mul_ -> b", "b -> output"}
 
 
-@pytest.mark.parametrize("keywords", [{"after": "view"}, {"edge": ("a", "view")}])
-def test_a_reversal_between_a_view_that_is_overwritten_and_the_whole_is_refused(keywords):
+def test_whoever_means_an_overwritten_value_is_behind_a_reversal_of_the_result(x):
+    model = Augmented()
+    found = gradients(gs.insert_grl(model, after="add"), x)
+    assert torch.equal(found["a.weight"], -gradients(model, x)["a.weight"])
+
+
+class AsksForInPlace(Layers):
+    """A function that overwrites because it is asked to, and whose result nobody takes."""
+
+    def forward(self, x):
+        x = self.a(x)
+        F.relu(x, inplace=True)
+        return self.b(x)
+
+
+def test_a_function_that_is_asked_to_overwrite_is_followed(x):
+    model = AsksForInPlace()
+    found = gradients(gs.insert_grl(model, after="relu"), x)
+    assert torch.equal(found["a.weight"], -gradients(model, x)["a.weight"])
+
+
+class ThroughAFlatView(Layers):
+    def forward(self, x):
+        x = self.a(x)
+        x.flatten().mul_(2.0)
+        return x * 3.0
+
+
+@pytest.mark.parametrize(
+    ("model", "keywords"),
+    [
+        (ThroughAView(), {"after": "view"}),
+        (ThroughAView(), {"edge": ("a", "view")}),
+        (ThroughAFlatView(), {"after": "flatten"}),
+        (ThroughAFlatView(), {"edge": ("a", "flatten")}),
+    ],
+)
+def test_a_reversal_between_a_view_that_is_overwritten_and_the_whole_is_refused(model, keywords):
     with pytest.raises(gs.SurgeryError, match=r"'mul_' overwrites in place what 'a' reads again afterwards"):
-        gs.insert_grl(ThroughAView(), **keywords)
+        gs.insert_grl(model, **keywords)
 
 
 def test_a_reversal_on_the_way_into_a_block_that_overwrites_a_shared_argument_is_refused():
@@ -373,3 +409,12 @@ def test_an_edge_that_one_mode_lacks_is_cut_in_the_other(x):
         assert torch.equal(found, sign * plain)
     with pytest.raises(gs.PointNotFoundError, match="'b' does not use the value of 'tanh'"):
         gs.insert_grl(model, edge=("tanh", "b"))
+
+
+def test_an_edge_that_no_mode_has_is_refused_though_one_mode_lacks_its_end():
+    class Chooses(Layers):
+        def forward(self, x):
+            return torch.tanh(self.a(x)) if self.training else self.b(x)
+
+    with pytest.raises(gs.PointNotFoundError, match="'tanh' does not use the value of 'x'"):
+        gs.insert_grl(Chooses(), edge=("x", "tanh"))

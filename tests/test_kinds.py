@@ -88,6 +88,20 @@ def test_an_argument_that_one_surgery_kept_is_kept_by_the_next_and_by_strip():
     flips(gs.strip(spliced, ["grl_b"]), model, inputs)
 
 
+def test_a_proof_knows_which_arguments_the_surgery_kept():
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.of_mask = (nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x, mask=None):
+            x = self.a(x)
+            return self.b(x if mask is None else x * self.of_mask(mask))
+
+    model, inputs = Masked(), (torch.randn(3, 4), torch.rand(3, 4))
+    flips(gs.insert_grl(model, after="of_mask", example_inputs=inputs), model, inputs)
+
+
 ANSWERS: list[bool] = []
 
 

@@ -99,6 +99,11 @@ def test_torchvisions_name_for_a_second_call_is_understood():
     assert points.match_name("layer1.0.relu_1", ["layer1.0.relu#1", "layer1.0.relu#2"]) == "layer1.0.relu#2"
 
 
+def test_torchvisions_name_for_a_call_that_does_not_exist_is_not_found():
+    with pytest.raises(PointNotFoundError, match="there is no point 'relu_2'"):
+        points.match_name("relu_2", ["relu#1", "relu#2"])
+
+
 def test_a_module_that_is_really_called_like_torchvisions_second_call_comes_first():
     assert points.match_name("relu_1", ["relu_1", "relu#1", "relu#2"]) == "relu_1"
 

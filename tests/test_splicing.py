@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import random
 from typing import NamedTuple
 
 import pytest
@@ -529,6 +530,68 @@ def test_a_forward_that_draws_in_python_is_not_frozen():
     gs.insert_grl(model, after="0")
     with pytest.raises(gs.TracingError, match="draws random numbers in Python"):
         gs.insert_grl(model, before="0.fc")
+
+
+class DrawsInTorch(nn.Module):
+    """Makes noise of its own, which a trace would freeze."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.fc(x + torch.rand(6))
+
+
+@pytest.mark.parametrize("block", [DrawsInPython, DrawsInTorch])
+def test_a_forward_that_is_refused_for_drawing_has_drawn_nothing(block):
+    before = torch.random.get_rng_state(), random.getstate()
+    model = nn.Sequential(block(), nn.Linear(6, 2))
+    torch.random.set_rng_state(before[0])  # the weights were drawn
+    with pytest.raises(gs.TracingError, match="draws random numbers in Python"):
+        gs.insert_grl(model, before="0.fc")
+    assert torch.equal(torch.random.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+
+
+def test_what_cannot_be_traced_is_one_call_in_a_graph_of_the_rest():
+    model = nn.Sequential(nn.Sequential(nn.Linear(6, 6), nn.ReLU()), DrawsInPython())
+    assert names(model, depth=None) == ["input", "0.0", "0.1", "1", "output"]
+
+
+def test_before_a_call_what_it_takes_twice_is_reversed_once():
+    class Doubles(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, 6)
+
+        def forward(self, x):
+            x = self.fc(x)
+            return torch.mul(x, x)
+
+    spliced = gs.insert_grl(Doubles(), before="mul")
+    assert [node.target for node in spliced.graph.nodes].count("grl_mul") == 1
+
+
+def test_a_spliced_graph_holds_the_networks_own_operations_and_the_reversal_only():
+    spliced = gs.insert_grl(Net(), after="stage2.0.conv")
+    assert "boundary" not in spliced.code
+
+
+def test_arguments_stand_first_in_the_graph_also_behind_a_reversal_of_one():
+    class Sum(nn.Module):
+        def forward(self, x, y):
+            return torch.tanh(x) + y
+
+    operations = [node.op for node in gs.insert_grl(Sum(), after="x").graph.nodes]
+    assert operations == [
+        "placeholder",
+        "placeholder",
+        "call_module",
+        "call_function",
+        "call_function",
+        "output",
+    ]
 
 
 def test_a_pasted_function_keeps_its_backward_through_the_trace():
