@@ -13,7 +13,7 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 from grl_surgery.errors import AmbiguousPointError, PointNotFoundError, SurgeryError
@@ -41,6 +41,10 @@ class Edge:
     source: str
     target: str
     arg: str = ""
+
+    def within(self, prefix: str) -> Edge:
+        """The same use as a network names it whose names of this one's points begin with ``prefix``."""
+        return replace(self, source=prefix + self.source, target=prefix + self.target)
 
     def __str__(self) -> str:
         return f"{self.source} -> {self.target}"

@@ -64,8 +64,7 @@ class Cut:
             return self
         place = escape(path)
         if isinstance(self.at, Edge):
-            source, target = (f"{place}.{end}" for end in (self.at.source, self.at.target))
-            return replace(self, at=replace(self.at, source=source, target=target))
+            return replace(self, at=self.at.within(f"{place}."))
         return replace(self, at=place + self.at if self.is_at_output else f"{place}.{self.at}")
 
     def __str__(self) -> str:

@@ -16,7 +16,6 @@ from grl_surgery import points
 from grl_surgery.commands.networks import (
     INPUTS,
     load,
-    prefixed,
     splice,
 )
 from grl_surgery.commands.options import (
@@ -237,7 +236,7 @@ def _inside(graph: ModelGraph, path: str) -> ModelGraph:
     return replace(
         graph,
         nodes=tuple(replace(node, name=prefix + node.name) for node in nodes),
-        edges=tuple(prefixed(edge, prefix) for edge in graph.edges if {edge.source, edge.target} <= names),
+        edges=tuple(edge.within(prefix) for edge in graph.edges if {edge.source, edge.target} <= names),
     )
 
 

@@ -10,7 +10,6 @@ from rich.text import Text
 from grl_surgery import points
 from grl_surgery.commands.networks import (
     load,
-    prefixed,
     splice,
     write,
 )
@@ -81,7 +80,7 @@ def _print_reversals(loaded: LoadedModel, spliced: nn.Module) -> None:
             name = f"{path}.{cut.module}" if path else cut.module
             say.out(f"\n{name}  {cut.within(path)}, coeff {coeff:g}", highlight=False)
             for edge in reversed_edges(part, cut):
-                say.out(f"  {prefixed(edge, prefix)}", highlight=False)
+                say.out(f"  {edge.within(prefix)}", highlight=False)
 
 
 def _print_diff(spliced: nn.Module) -> None:

@@ -21,7 +21,6 @@ __all__ = [
     "is_exported",
     "load",
     "parse_edge",
-    "prefixed",
     "run",
     "splice",
     "spliced_or_as_it_is",
@@ -170,8 +169,3 @@ def parse_edge(line: str) -> points.Edge:
     match = re.fullmatch(r"(.+) \(argument (.+)\)", line.strip())
     pair = points.parse_edge(match[1] if match else line)
     return replace(pair, arg=match[2]) if match else pair
-
-
-def prefixed(edge: points.Edge, prefix: str) -> points.Edge:
-    """An edge of one module's graph by its names in the whole network."""
-    return replace(edge, source=prefix + edge.source, target=prefix + edge.target)
