@@ -86,7 +86,12 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Lead links out of docs/ to pages, and hide the words that only docs/run_blocks.py reads."""
+    """Lead links out of docs/ to pages, and hide the words that only docs/run_blocks.py reads.
+
+    A page without sections has no table of contents, and gets its place.
+    """
+    if not re.search(r"^## ", markdown, re.MULTILINE):
+        page.meta.setdefault("hide", []).append("toc")
     # What is generated from a file in the root has that file's links.
     folder = "." if page.file.src_uri in PAGES.values() and page.file.generated_by else "docs"
     at = posixpath.join(folder, posixpath.dirname(page.file.src_uri) if folder == "docs" else "")
