@@ -36,13 +36,21 @@ def share_copy(model: nn.Module, only: Iterable[nn.Module] | None = None) -> nn.
     Returns:
         The root of the new tree.
     """
-    modules = _whole(model) if only is None else only
-    copies: dict[int, Any] = {id(m): _twin(m) for m in modules if not isinstance(m, torch.jit.ScriptModule)}
-    for twin in list(copies.values()):
-        attributes = twin.__dict__
-        for key, value in attributes.items():
-            if type(value) not in _ATOMS and (key not in _NO_HOOKS or value):
-                attributes[key] = _redirect(value, copies)
+    chosen = _whole(model) if only is None else only
+    modules = [module for module in chosen if not isinstance(module, torch.jit.ScriptModule)]
+    copies: dict[int, Any] = {id(module): object.__new__(type(module)) for module in modules}
+    for module in modules:
+        twin = copies[id(module)].__dict__
+        for key, value in module.__dict__.items():
+            kind = type(value)
+            if kind in _ATOMS:
+                twin[key] = value
+            elif (
+                kind is OrderedDict and not value and key in _HOOKS
+            ):  # half of a module's attributes: in haste
+                twin[key] = OrderedDict()
+            else:
+                twin[key] = _redirect(value, copies)
     return cast(nn.Module, copies.get(id(model), model))
 
 
@@ -59,21 +67,7 @@ def _whole(model: nn.Module) -> list[nn.Module]:
     return list(found.values())
 
 
-def _twin(module: nn.Module) -> nn.Module:
-    """Another object of the same class with the very same attributes so far, but none of its (lack of) hooks.
-
-    Hooks are half of a module's attributes, so taking the empty ones apart here is worth the haste.
-    """
-    twin = object.__new__(type(module))
-    attributes = twin.__dict__
-    attributes.update(module.__dict__)
-    for key, none in _NO_HOOKS.items():
-        if not attributes.get(key, True):
-            attributes[key] = none.copy()
-    return twin
-
-
-_NO_HOOKS = {key: value for key, value in nn.Module().__dict__.items() if "hooks" in key and value == {}}
+_HOOKS = frozenset(key for key, value in nn.Module().__dict__.items() if "hooks" in key and value == {})
 
 
 def _redirect(value: Any, copies: dict[int, Any]) -> Any:

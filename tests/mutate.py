@@ -129,7 +129,7 @@ MUTANTS = [
     Mutant("trace_copy.py", "flag if mode is None else mode", "flag"),
     Mutant("generators.py", "        torch.random.set_rng_state(torch_state)\n", ""),
     Mutant("generators.py", "        random.setstate(python_state)\n", ""),
-    Mutant("sharing.py", "attributes[key] = none.copy()", "attributes[key] = none"),
+    Mutant("sharing.py", "twin[key] = OrderedDict()", "twin[key] = value"),
     Mutant("sharing.py", "copied = copies[id(value)] = value.copy()", "copied = value"),
     Mutant("sharing.py", "twin.module = weakref.ref(copies.get(id(module), module))", "pass"),
     Mutant("spliced_module.py", "        self._original.train(mode)\n", ""),
