@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import operator
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -98,8 +99,9 @@ def apply_cuts(
             )
         names[cut.module] = None
     reversals = {cut.module for cut in cuts if cut.kind in ("after", "before", "edge")}
+    once = functools.cache(effects)  # a block of a dense network is asked about with each of its inputs
     for graph in traced.graphs.values():
-        refuse_lost_writes(model, graph, reversals, effects)
+        refuse_lost_writes(model, graph, reversals, once)
         _erase_boundaries(graph)
         graph.lint()
     return traced

@@ -206,7 +206,12 @@ def refuse_lost_writes(
     Raises:
         SurgeryError: With the two places.
     """
+    if next(_suspects(model, graph), None) is None:
+        return
     calls = [node for node in graph.nodes if node.op == "call_module" and node.target in reversals]
+    sources = [call.all_input_nodes[0] for call in calls]
+    if not any(len(source.users) > 1 or _viewed(model, source, effects) for source in sources):
+        return  # whatever lies in the memory of a reversed value lies behind its reversal
     for node, read in hidden_writes(model, graph, effects):
         shared = memory(model, read, effects)
         for call in calls:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeGuard
 
@@ -84,7 +85,7 @@ def predict(oracle: nn.Module, objective: str = "output") -> dict[int, Factors]:
     """
     if not shows_all(oracle):
         return {}
-    if any(True for _ in hidden_writes(oracle, oracle.graph, effects)):
+    if any(True for _ in hidden_writes(oracle, oracle.graph, functools.cache(effects))):
         return {}
     reversed_by = {cut.module for cut in oracle.cuts}
     heads = [cut.module for cut in oracle.cuts if cut.is_head]

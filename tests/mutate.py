@@ -72,7 +72,7 @@ MUTANTS = [
     Mutant("cutting.py", "if nodes and not found:", "if False:"),
     Mutant("cutting.py", "if missing is not None and not changed:", "if missing is not None:"),
     Mutant("cutting.py", "if is_size(node):", "if False:"),
-    Mutant("cutting.py", "        refuse_lost_writes(model, graph, reversals, effects)\n", ""),
+    Mutant("cutting.py", "        refuse_lost_writes(model, graph, reversals, once)\n", ""),
     Mutant("cutting.py", "        _erase_boundaries(graph)\n", ""),
     Mutant("cutting.py", "if user.target is operator.getitem and user.args[0] is node]", "]"),
     Mutant("cutting.py", 'while node.op == "placeholder" and node.next.op == "placeholder":', "while False:"),

@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import grl_surgery as gs
+from grl_surgery import cutting
+from grl_surgery.effects import effects
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks" / "performance"
 
@@ -169,6 +171,37 @@ def test_blocks_that_hold_no_point_are_not_traced() -> None:
     model = Deep(50)
     spliced = gs.insert_grl(model, after="blocks.3.0")
     assert sum(node.op == "call_module" for node in spliced.graph.nodes) == 50 + 1 + 1
+
+
+class Dense(nn.Module):
+    """Every block reads what all blocks before it have returned."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Joins(nn.Linear(2, 2)) for _ in range(blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = [x]
+        for block in self.blocks:
+            found.append(block(found))
+        return found[-1]
+
+
+class Joins(nn.Sequential):
+    """A block of a list of tensors."""
+
+    def forward(self, found: list[Tensor]) -> Tensor:
+        return self[0](sum(found))
+
+
+# Broken: every block that could overwrite what another one reads asked for: twenty traces.
+def test_what_a_block_does_to_its_arguments_is_asked_where_it_matters_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+    monkeypatch.setattr(cutting, "effects", lambda module: asked.append(module) or effects(module))
+    gs.insert_grl(Dense(20), after="blocks.7")
+    assert len(asked) == 1
 
 
 # --- verification
