@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx, nn
 
 from grl_surgery.errors import TracingError
-from grl_surgery.in_place import Effects, memory, overwrites
+from grl_surgery.in_place import VIEWING, Effects, memory, overwrites
 from grl_surgery.trace_copy import is_building_block
 from grl_surgery.tracing import trace
 
@@ -28,7 +28,7 @@ def effects(module: nn.Module) -> Effects:
     """
     if is_building_block(module):
         in_place = getattr(module, "inplace", False) is True
-        return Effects(in_place, in_place)
+        return Effects(in_place, in_place or isinstance(module, VIEWING))
     if any(isinstance(inner, fx.GraphModule) for inner in module.modules()):  # each is a class of its own
         return _in_trace(module)
     alike = _likeness(module)

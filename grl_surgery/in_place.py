@@ -15,6 +15,7 @@ from grl_surgery.trace_copy import is_building_block
 from grl_surgery.tracer import IN_PLACE, boundary
 
 __all__ = [
+    "VIEWING",
     "Effects",
     "follow",
     "hidden_writes",
@@ -90,7 +91,7 @@ _VIEWS = frozenset(
     as_strided real imag contiguous detach to float double type_as dropout alpha_dropout feature_dropout
     """.split()  # noqa: SIM905
 )
-_VIEWING = (nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+VIEWING = (nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 
 def _viewed(model: nn.Module, node: fx.Node, effects: EffectsOf) -> list[fx.Node]:
@@ -101,7 +102,7 @@ def _viewed(model: nn.Module, node: fx.Node, effects: EffectsOf) -> list[fx.Node
         module = model.get_submodule(str(node.target))
         if not is_building_block(module):
             return node.all_input_nodes if effects(module).returns else []
-        viewing = isinstance(module, _VIEWING) or overwrites(model, node)
+        viewing = isinstance(module, VIEWING) or overwrites(model, node)
     else:
         name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
         known = node.target is boundary or node.op == "call_module" or str(name) in _VIEWS
@@ -111,8 +112,9 @@ def _viewed(model: nn.Module, node: fx.Node, effects: EffectsOf) -> list[fx.Node
 
 def _is_unknown(node: fx.Node) -> bool:
     """Whether it calls code in Python that is not torch's, and was not traced through."""
-    code = node.op == "call_function" and isinstance(node.target, (type, FunctionType))
-    return code and node.target is not boundary and not str(node.target.__module__).startswith("torch")
+    if node.op != "call_function" or node.target is boundary:
+        return False
+    return isinstance(node.target, (type, FunctionType)) and node.target.__module__.split(".")[0] != "torch"
 
 
 def memory(model: nn.Module, node: fx.Node, effects: EffectsOf, *, behind: bool = False) -> set[fx.Node]:

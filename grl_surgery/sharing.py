@@ -42,12 +42,9 @@ def share_copy(model: nn.Module, only: Iterable[nn.Module] | None = None) -> nn.
     for module in modules:
         twin = copies[id(module)].__dict__
         for key, value in module.__dict__.items():
-            kind = type(value)
-            if kind in _ATOMS:
+            if type(value) in _ATOMS:
                 twin[key] = value
-            elif (
-                kind is OrderedDict and not value and key in _HOOKS
-            ):  # half of a module's attributes: in haste
+            elif key in _HOOKS and not value:  # half of a module's attributes, so they are worth the haste
                 twin[key] = OrderedDict()
             else:
                 twin[key] = _redirect(value, copies)
