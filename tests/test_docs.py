@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -61,12 +62,27 @@ def test_every_link_to_a_file_leads_to_one(page: Path) -> None:
     assert [t for t in targets if not (page.parent / t).exists() and t not in made] == []
 
 
-def test_links_out_of_the_docs_lead_to_pages_or_become_text(hooks: ModuleType) -> None:
-    class Page:
-        class file:
-            src_uri, generated_by = "tutorials/x.md", None
+class Page:
+    """What a hook is given of a page."""
 
-    lead = lambda text: hooks.on_page_markdown(text, Page, None, None)  # noqa: E731
+    class file:
+        src_uri, generated_by = "tutorials/x.md", None
+
+    def __init__(self) -> None:
+        self.meta: dict[str, Any] = {}
+
+
+@pytest.mark.parametrize(("markdown", "hidden"), [("# A\n\n### B", {"hide": ["toc"]}), ("# A\n\n## B", {})])
+def test_a_page_without_sections_gets_the_place_of_the_contents(
+    hooks: ModuleType, markdown: str, hidden: dict[str, Any]
+) -> None:
+    page = Page()
+    hooks.on_page_markdown(markdown, page, None, None)
+    assert page.meta == hidden
+
+
+def test_links_out_of_the_docs_lead_to_pages_or_become_text(hooks: ModuleType) -> None:
+    lead = lambda text: hooks.on_page_markdown(text, Page(), None, None)  # noqa: E731
     assert lead("[a](../../examples/cnn.py)") == "[a](../examples/cnn.md)"
     assert lead("[a](../../CHANGELOG.md)") == "[a](../changelog.md)"
     assert lead("[a](../../tests/test_docs.py)") == "a"
