@@ -4,6 +4,7 @@ Each of these has failed on a version broken for the purpose, which the comment 
 """
 
 import functools
+import gc
 import json
 import subprocess
 import sys
@@ -34,12 +35,15 @@ def python_calls(call: Callable[[], Any]) -> int:
         nonlocal entered
         entered += event in ("call", "c_call")
 
-    before = sys.getprofile()
+    before, collecting = sys.getprofile(), gc.isenabled()
+    gc.disable()  # a collection calls whoever asked to be told of it
     sys.setprofile(count)
     try:
         call()
     finally:
         sys.setprofile(before)
+        if collecting:
+            gc.enable()
     return entered
 
 
