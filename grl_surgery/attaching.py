@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import keyword
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from torch import nn
 from grl_surgery.errors import SurgeryError, TracingError
 from grl_surgery.generators import random_state_kept
 from grl_surgery.heads import Condition, DomainHead, Norm, build_head
+from grl_surgery.loaded_program import check_no_program
 from grl_surgery.loading.inputs import example_inputs as known_inputs
 from grl_surgery.model_graph import check_runs, shapes_at
 from grl_surgery.pooling import Pool
@@ -84,6 +86,7 @@ def attach_domain_head(
         PointNotFoundError, AmbiguousPointError, TracingError: As for :func:`insert_grl`.
     """
     check_model(model, "attach_domain_head")
+    check_no_program(model, "attach_domain_head")
     base, cuts, modules = patient(model)
     _check_name(base, modules, name)
     inputs = known_inputs(base) if example_inputs is None else example_inputs
@@ -119,7 +122,7 @@ def attach_domain_head(
     modules[name] = on_same_device(head, base)
     return splice(
         base,
-        [*cuts, Cut("head", points[0], name, condition_on and points[1])],
+        [*cuts, Cut("head", points[0], name, points[1] if points[1:] else None)],
         modules,
         arguments_kept(model, example_inputs),
     )
@@ -135,19 +138,29 @@ def _shapes(
 
 
 def _points(base: nn.Module, after: Selector, condition_on: str | None, inputs: Any) -> list[str]:
-    points = select_points(base, after, "after", inputs)
+    points = [_point(base, after, "after", inputs)]
+    return points if condition_on is None else [*points, _point(base, condition_on, "condition_on", inputs)]
+
+
+def _point(base: nn.Module, selector: Selector, argument: str, inputs: Any) -> str:
+    points = select_points(base, selector, argument, inputs)
     if len(points) != 1:
         raise SurgeryError(
-            f"a head reads one point, and after={after!r} stands for {len(points)}",
+            f"a head reads one point, and {argument}={selector!r} stands for {len(points)}",
             choices=points[:5],
-            example=f"attach_domain_head(model, after={points[0]!r}), then again for another head",
+            example=f"{argument}={points[0]!r}",
         )
-    return points + (select_points(base, condition_on, "condition_on", inputs) if condition_on else [])
+    return points[0]
 
 
 def _check_name(base: nn.Module, modules: Mapping[str, nn.Module], name: str) -> None:
-    if not isinstance(name, str) or not name.isidentifier():
+    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
         raise SurgeryError(f"name={name!r} cannot be an attribute of a module", example="name='domain'")
+    if name.startswith("_"):
+        raise SurgeryError(
+            f"name={name!r} begins with an underscore, as the attributes that are no heads do",
+            example="name='domain'",
+        )
     free = free_name(name, modules, base)
     if free != name:
         raise SurgeryError(f"the network already has an attribute {name!r}", example=f"name={free!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Annotated, NoReturn
 
@@ -13,7 +14,16 @@ from grl_surgery.commands.doctor import doctor
 from grl_surgery.commands.export import export
 from grl_surgery.commands.graph import print_graph
 from grl_surgery.commands.insert import insert
-from grl_surgery.commands.streams import FAILED, NAME, REFUSED, complain, stdout, working
+from grl_surgery.commands.streams import (
+    FAILED,
+    NAME,
+    REFUSED,
+    complain,
+    open_streams,
+    silence,
+    stdout,
+    working,
+)
 from grl_surgery.commands.strip import strip
 from grl_surgery.commands.verify import verify
 from grl_surgery.commands.zoo import zoo
@@ -34,14 +44,26 @@ app = typer.Typer(
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit; what the user can mend is one message on stderr, never a traceback.
 
+    Whatever ends it, the status 1 means that a check failed.
+
     Args:
         argv: The arguments; by default those of the process.
     """
+    open_streams()
     try:
         typer.main.get_command(app)(args=argv, prog_name=NAME)
     except SurgeryError as error:
         complain(str(error))
         sys.exit(FAILED if isinstance(error, FlipError) else REFUSED)
+    except OSError as error:
+        complain(
+            f"{error.filename or 'standard output'} cannot be written or read: {error.strerror or error}"
+        )
+        silence()
+        sys.exit(REFUSED)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(REFUSED)
     sys.exit(0)
 
 

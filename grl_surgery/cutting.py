@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import functools
 import operator
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import fx, nn
 
 from grl_surgery.effects import effects
@@ -24,15 +25,16 @@ from grl_surgery.links import is_size, links, origin, rewrite
 from grl_surgery.opaque import opaque_graph, pick, reverse_each, tap
 from grl_surgery.points import (
     Edge,
+    ancestors,
     enclosing,
     match_name,
     near_names,
     split_items,
     split_number,
 )
-from grl_surgery.spliced_module import Cut, SplicedModule
+from grl_surgery.spliced_module import Cut, SplicedModule, refuse_as_graph, taken_apart
 from grl_surgery.trace_copy import is_building_block
-from grl_surgery.tracer import boundary
+from grl_surgery.tracer import boundary, is_item, operation
 from grl_surgery.tracing import Trace, around_aliases, module_paths, trace
 
 __all__ = ["apply_cuts", "modules_to_open", "replace_item", "retrace"]
@@ -77,7 +79,9 @@ def apply_cuts(
     if cuts and all(cut.kind == "tapped" or cut.is_at_output for cut in cuts):
         traced = _untraced(cuts)
     else:
+        refuse_as_graph(model)
         traced = trace(model, modules_to_open(model, cuts) | set(opened), given=given, lenient=lenient)
+        _refuse_handed_over(model, traced, cuts)
     names = dict.fromkeys(traced.names())
     for cut in cuts:
         try:
@@ -105,6 +109,20 @@ def apply_cuts(
         _erase_boundaries(graph)
         graph.lint()
     return traced
+
+
+def _refuse_handed_over(model: nn.Module, traced: Trace, cuts: Sequence[Cut]) -> None:
+    """A function that stayed one operation calls the modules it is handed, and the graph does not show it."""
+    ends = {split_number(split_items(point)[0])[0] for cut in cuts for point in cut.points}
+    around = {path for end in ends for path in (*ancestors(end), end)}
+    for graph in traced.graphs.values():
+        for node in graph.nodes:
+            if node.op == "get_attr" and node.target in around and _is_module(model, str(node.target)):
+                raise TracingError(f"{str(node.target)!r} is handed to a function that cannot be traced")
+
+
+def _is_module(model: nn.Module, path: str) -> bool:
+    return any(path == name for name, _ in model.named_modules())
 
 
 def _cut_each(model: nn.Module, graphs: Iterable[fx.Graph], cut: Cut, names: Collection[str]) -> int:
@@ -147,9 +165,10 @@ def _untraced(cuts: Sequence[Cut]) -> Trace:
 
 def retrace(model: SplicedModule, opened: Collection[str]) -> Trace:
     """The graphs of a spliced network again, traced deeper where that is possible."""
-    original, _ = model.taken_apart()
-    known = {path for path, _ in original.named_modules()}
-    return apply_cuts(original, model.cuts, opened=known & set(opened), given=model.arguments, lenient=True)
+    original, _ = taken_apart(model)
+    surgery = model.grl_surgery
+    opened = {path for path, _ in original.named_modules()} & set(opened)
+    return apply_cuts(original, surgery.cuts, opened=opened, given=surgery.arguments, lenient=True)
 
 
 def _cut(model: nn.Module, graph: fx.Graph, cut: Cut, names: Collection[str]) -> int:
@@ -162,7 +181,8 @@ def _cut(model: nn.Module, graph: fx.Graph, cut: Cut, names: Collection[str]) ->
         known = dict.fromkeys([*names, *(name for node in graph.nodes for name in _names_of(node))])
         source, target = (_find(model, end, known) for end in (cut.at.source, cut.at.target))
         slot = _edge_slot(graph, cut.at, source, target)
-        return _reverse_uses(model, graph, [slot] if slot else [], cut.module)
+        make = functools.partial(_reversed_on_edge, model, graph, cut.module, cut.at.source, cut.at.target)
+        return _reverse_uses(graph, [slot] if slot else [], make)
     if cut.kind == "before":
         name = _find(model, cut.at, names)
         return _cut_before(model, graph, _named(graph, name), cut.module, name)
@@ -172,7 +192,7 @@ def _cut(model: nn.Module, graph: fx.Graph, cut: Cut, names: Collection[str]) ->
         return _replace(graph, _named(graph, _find(model, cut.at, names)), cut.module)
     if cut.kind == "tap":
         return sum(_tap(model, graph, *value, cut.module) for value in _values(model, graph, cut.at, names))
-    return sum(_cut_after(graph, value, rest, cut) for value, rest in _values(model, graph, cut.at, names))
+    return sum(_cut_after(model, graph, *value, cut) for value in _values(model, graph, cut.at, names))
 
 
 def _named(graph: fx.Graph, name: str) -> list[fx.Node]:
@@ -235,7 +255,9 @@ def _item_takers(node: fx.Node, items: tuple[Any, ...]) -> Iterator[tuple[fx.Nod
         yield node, items
 
 
-def _cut_after(graph: fx.Graph, value: fx.Node, items: tuple[Any, ...], cut: Cut) -> int:
+def _cut_after(model: nn.Module, graph: fx.Graph, value: fx.Node, items: tuple[Any, ...], cut: Cut) -> int:
+    if not items:
+        _refuse_no_tensor(model, value, str(cut.at))
     users = list(value.users)
     with _inserting_after(graph, value):
         holders = _pick(graph, value, items)
@@ -365,10 +387,35 @@ Slot = tuple[fx.Node, str]  # a node, and which of its arguments
 
 def _cut_before(model: nn.Module, graph: fx.Graph, nodes: Sequence[fx.Node], module: str, name: str) -> int:
     entering = [node for node in nodes if node.meta.get("boundary", "in") == "in"]
-    slots = [(node, arg) for node in entering for arg, source in links(node) if not is_size(source)]
-    if nodes and not slots:
+    uses = [(node, arg, source) for node in entering for arg, source in links(node) if not is_size(source)]
+    floating = [(node, arg, source) for node, arg, source in uses if not _is_integral(source)]
+    if nodes and not uses:
         raise SurgeryError(f"nothing flows into {name!r}", example=f"after={name!r}")
-    return _reverse_uses(model, graph, slots, module)
+    if nodes and not floating:
+        raise ShapeError(
+            f"what flows into {name!r} is of integers or truth values: it has no gradient",
+            example=f"after={name!r}",
+        )
+    alone = len({source for _, _, source in floating}) == 1
+    make_reversed = functools.partial(_reversed_before, model, graph, module, alone)
+    return _reverse_uses(graph, [(node, arg) for node, arg, _ in floating], make_reversed)
+
+
+def _reversed_before(model: nn.Module, graph: fx.Graph, module: str, alone: bool, value: fx.Node) -> fx.Node:
+    """The value reversed, or as much of it as is of floating point where nobody can tell before it runs."""
+    if _is_state(model, value):
+        items = [graph.call_function(operator.getitem, (value, place)) for place in range(2)]
+        return graph.call_function(tuple, ([_call(graph, module, item) for item in items],))
+    if alone or _is_computed_from_floats(model, value):
+        return _call(graph, module, value)
+    return graph.call_function(reverse_each, (graph.create_node("get_attr", module), value))
+
+
+def _reversed_on_edge(
+    model: nn.Module, graph: fx.Graph, module: str, name: str, target: str, value: fx.Node
+) -> fx.Node:
+    _refuse_no_tensor(model, value, name, target)
+    return _call(graph, module, value)
 
 
 def _edge_slot(graph: fx.Graph, edge: Edge, source: str, target: str) -> Slot | None:
@@ -401,8 +448,8 @@ def _edge_slot(graph: fx.Graph, edge: Edge, source: str, target: str) -> Slot | 
 def _names_behind(value: fx.Node) -> list[str]:
     """Names of all points whose value this is: marks and spliced modules pass it through."""
     names = _names_of(value)
-    while value.target is boundary or value.meta.get("spliced"):
-        value = value.args[0]  # type: ignore[assignment]
+    while value.target in (boundary, reverse_each) or value.meta.get("spliced"):
+        value = value.args[value.target is reverse_each]  # type: ignore[assignment]
         names += _names_of(value)
     return names
 
@@ -415,18 +462,18 @@ def _names_of(value: fx.Node) -> list[str]:
     return [value.meta["point"] + "".join(f"[{key}]" for key in items)]
 
 
-def _reverse_uses(model: nn.Module, graph: fx.Graph, slots: Sequence[Slot], module: str) -> int:
-    """Put the spliced module between each of these uses and its value; one call for each value."""
-    calls: dict[fx.Node, fx.Node] = {}
+def _reverse_uses(graph: fx.Graph, slots: Sequence[Slot], make_reversed: Callable[[fx.Node], fx.Node]) -> int:
+    """Exchange the values of these uses for reversed ones, each made once."""
+    made: dict[fx.Node, fx.Node] = {}
     for user, arg in slots:
 
         def change(place: str, source: fx.Node, user: fx.Node = user, arg: str = arg) -> fx.Node:
             if place != arg:
                 return source
-            if source not in calls:
+            if source not in made:
                 with graph.inserting_before(user):
-                    calls[source] = _call(graph, module, source)
-            return calls[source]
+                    made[source] = make_reversed(source)
+            return made[source]
 
         rewrite(user, change)
     return len(slots)
@@ -437,3 +484,94 @@ def _erase_boundaries(graph: fx.Graph) -> None:
         if node.target is boundary:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+
+
+# ---------------------------------------------------------------------------------- what has no gradient
+
+# Operations that return integers or truth values, whatever they are given.
+_INTEGRAL = frozenset(
+    """
+    eq ne lt le gt ge equal isclose isfinite isin isinf isnan logical_and logical_not logical_or logical_xor
+    and_ or_ xor invert bitwise_and bitwise_not bitwise_or bitwise_xor argmax argmin argsort bool bucketize
+    byte char count_nonzero int long multinomial nonzero one_hot searchsorted short signbit
+    """.split()  # noqa: SIM905
+)
+# Operations that keep the dtype of what they are given first.
+_KEEPS_DTYPE = frozenset(
+    """
+    getitem broadcast_to clone contiguous cpu cuda detach expand expand_as flatten flip movedim permute repeat
+    reshape roll select squeeze t transpose unflatten unsqueeze view
+    """.split()  # noqa: SIM905
+)
+
+
+def _is_integral(value: fx.Node) -> bool:
+    """Whether an operation of torch says that the value is of integers or truth values."""
+    node = origin(value)
+    while node.op in ("call_function", "call_method") and node.args and operation(node) in _KEEPS_DTYPE:
+        if not isinstance(node.args[0], fx.Node):
+            return False
+        node = origin(node.args[0])
+    package = str(getattr(node.target, "__module__", None)).partition(".")[0]
+    known = node.op == "call_method" or (
+        node.op == "call_function" and package in ("torch", "_operator", "None")
+    )
+    return known and operation(node) in _INTEGRAL
+
+
+def _is_state(model: nn.Module, value: fx.Node) -> bool:
+    """Whether it is the two tensors that an LSTM hands to its next call."""
+    node = origin(value)
+    if is_item(node) and node.args[1] == 1:
+        return type(_held(model, origin(cast(fx.Node, node.args[0])))) is nn.LSTM
+    return type(_held(model, node)) is nn.LSTMCell
+
+
+def _is_computed_from_floats(model: nn.Module, value: fx.Node) -> bool:
+    """Whether parameters, or buffers of floating point, go into it; if not, it may well be a mask."""
+    seen: set[fx.Node] = set()
+    rest = [value]
+    while rest:
+        node = rest.pop()
+        held = _held(model, node)
+        stored = held.parameters() if isinstance(held, nn.Module) else [held]
+        if any(isinstance(tensor, torch.Tensor) and tensor.is_floating_point() for tensor in stored):
+            return True
+        rest += [source for source in node.all_input_nodes if source not in seen]
+        seen.update(node.all_input_nodes)
+    return False
+
+
+def _held(model: nn.Module, node: fx.Node) -> Any:
+    """The module or tensor of the network itself that the node calls or reads."""
+    if node.op not in ("call_module", "get_attr"):
+        return None
+    try:
+        return operator.attrgetter(str(node.target))(model)
+    except AttributeError:  # it was spliced in
+        return None
+
+
+def _refuse_no_tensor(model: nn.Module, value: fx.Node, name: str, target: str | None = None) -> None:
+    """Refuse a reversal of integers, truth values or the state of an LSTM before the network runs.
+
+    Raises:
+        ShapeError: With what to reverse instead.
+    """
+    if _is_state(model, value):
+        raise ShapeError(
+            f"the value of {name!r} is a tuple of 2 tensors: choose one", example=f"after='{name}[0]'"
+        )
+    if _is_integral(value):
+        users = [user for user in value.users if target in (None, user.meta.get("point"))]
+        beside = (
+            f"edge={(_names_of(source)[-1], user.meta['point'])!r}"
+            for user in users
+            if "point" in user.meta
+            for _, source in links(user)
+            if _names_of(source) and not is_size(source) and not _is_integral(source)
+        )
+        raise ShapeError(
+            f"the value of {name!r} is of integers or truth values: no gradient flows through it",
+            example=next(beside, None),
+        )

@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx, nn
 
 from grl_surgery.errors import TracingError
-from grl_surgery.in_place import VIEWING, Effects, memory, overwrites
+from grl_surgery.in_place import VIEWING, Effects, memory, overwritten
 from grl_surgery.trace_copy import is_building_block
 from grl_surgery.tracing import trace
 
@@ -52,7 +52,8 @@ def _in_trace(module: nn.Module) -> Effects:
         known = (memory(module, value, lambda _: Effects()) for value in values)
         return any(same.op == "placeholder" for memory_of in known for same in memory_of)
 
-    return Effects(any_argument(node for node in nodes if overwrites(module, node)), any_argument(returned))
+    written = (value for node in nodes for value in overwritten(module, node))
+    return Effects(any_argument(written), any_argument(returned))
 
 
 def _likeness(module: nn.Module) -> Hashable:

@@ -74,6 +74,7 @@ class FlipReport:
         mode: ``train``, ``eval`` or ``mixed``, as the network was verified.
         problems: Whatever makes it fail that belongs to no single parameter or reversal.
         network: Class of the network.
+        difference: Where the forward differs, and how, in words; empty if it is identical.
         draw: Makes the graph that :meth:`to_html` shows; it keeps the network alive, and is not stored.
     """
 
@@ -83,6 +84,7 @@ class FlipReport:
     mode: str
     problems: tuple[str, ...] = field(default=())
     network: str = ""
+    difference: str = ""
     draw: Callable[[], FlipGraph | None] | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -94,11 +96,17 @@ class FlipReport:
     def failures(self) -> list[str]:
         """Everything that does not hold, one sentence each."""
         return [
-            *self.problems,
-            *([] if self.forward_identical else ["the forward differs from the reference"]),
+            *self.complaints,
             *(f"reversal {row.name} ({row.where}): {row.note}" for row in self.reversals if not row.ok),
             *(f"parameter {row.name}: {row.note}" for row in self.parameters if not row.ok),
         ]
+
+    @property
+    def complaints(self) -> list[str]:
+        """What does not hold of the network as a whole, one sentence each."""
+        where = f": {self.difference}" if self.difference else ""
+        differs = [] if self.forward_identical else [f"the forward differs from the reference{where}"]
+        return [*self.problems, *differs]
 
     @property
     def verdict(self) -> str:
@@ -181,8 +189,8 @@ class FlipReport:
 
         mark = "[bold green]OK[/]" if self.ok else "[bold red]FAILED[/]"
         yield f"{mark}  {escape(self.verdict)}"
-        for problem in self.problems:
-            yield f"[red]{escape(problem)}[/]"
+        for complaint in self.complaints:
+            yield f"[red]{escape(complaint)}[/]"
         table = Table("reversal", "where", "coeff", "flip", box=None, pad_edge=False, title_justify="left")
         for row in self.reversals:
             table.add_row(row.name, escape(row.where), f"{row.coeff:g}", "exact" if row.ok else row.note)

@@ -10,11 +10,13 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
+from numbers import Real
 from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, fx, nn
 
+from grl_surgery.arguments import check_count, check_network
 from grl_surgery.errors import ShapeError, SurgeryError
 from grl_surgery.pooling import FeaturePool, Layout, Pool, check_tensor, choose_layout
 from grl_surgery.reversal import GradientReversal
@@ -36,16 +38,11 @@ _LARGEST_OUTER_PRODUCT = 4096
 """Up to this many products C K the paper of CDAN takes the multilinear map, beyond it the randomised one."""
 
 
-def _check_count(name: str, value: object, least: int = 1) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise SurgeryError(
-            f"{name} is {value!r}, but must be a whole number of at least {least}",
-            example="DomainClassifier(512, num_domains=2)",
-        )
+_WELL_SET = "DomainClassifier(512, num_domains=2)"
 
 
-def _check_dropout(dropout: float) -> None:
-    if not 0.0 <= dropout < 1.0:
+def _check_dropout(dropout: object) -> None:
+    if not isinstance(dropout, Real) or not 0.0 <= float(dropout) < 1.0:
         raise SurgeryError(
             f"dropout is {dropout!r}, but must be in [0, 1): at 1 nothing is left to learn from",
             example="DomainClassifier(512, dropout=0.5)",
@@ -69,7 +66,7 @@ def num_logits(num_domains: int, binary: bool = False) -> int:
     Raises:
         SurgeryError: Fewer than two domains without ``binary``, or more than two with it.
     """
-    _check_count("num_domains", num_domains)
+    num_domains = check_count("num_domains", num_domains, example=_WELL_SET)
     if binary and num_domains > 2:
         raise SurgeryError(
             f"binary=True makes one logit, which cannot tell num_domains={num_domains} domains apart",
@@ -127,7 +124,9 @@ class DomainClassifier(nn.Module):
         binary: bool = False,
     ) -> None:
         super().__init__()
-        _check_settings(in_features, hidden, depth, norm, dropout)
+        in_features, hidden, depth = _check_sizes(in_features, hidden, depth)
+        _check_norm(norm)
+        _check_dropout(dropout)
         self.in_features = in_features
         widths = [in_features, *[hidden] * depth]
         norms = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
@@ -191,7 +190,9 @@ class PatchDomainClassifier(nn.Module):
         binary: bool = False,
     ) -> None:
         super().__init__()
-        _check_settings(in_channels, hidden, depth, norm, dropout)
+        in_channels, hidden, depth = _check_sizes(in_channels, hidden, depth)
+        _check_norm(norm)
+        _check_dropout(dropout)
         self.in_channels = in_channels
         widths = [in_channels, *[hidden] * depth]
         norms = {"batch": nn.BatchNorm2d, "layer": _ChannelNorm}
@@ -221,12 +222,12 @@ class PatchDomainClassifier(nn.Module):
         return output
 
 
-def _check_settings(width: int, hidden: int, depth: int, norm: Norm, dropout: float) -> None:
-    _check_count("the number of input features", width)
-    _check_count("hidden", hidden)
-    _check_count("depth", depth, least=0)
-    _check_norm(norm)
-    _check_dropout(dropout)
+def _check_sizes(width: int, hidden: int, depth: int) -> tuple[int, int, int]:
+    return (
+        check_count("the number of input features", width, example=_WELL_SET),
+        check_count("hidden", hidden, example=_WELL_SET),
+        check_count("depth", depth, least=0, example=_WELL_SET),
+    )
 
 
 def _layer(name: str, linear: nn.Module, norm: nn.Module | None, dropout: float) -> nn.Sequential:
@@ -301,9 +302,10 @@ class RandomizedMultilinearMap(nn.Module):
 
     def __init__(self, features: int, classes: int, output_dim: int = 1024) -> None:
         super().__init__()
-        _check_count("features", features)
-        _check_count("classes", classes)
-        _check_count("output_dim", output_dim)
+        example = "RandomizedMultilinearMap(2048, 65, output_dim=1024)"
+        features = check_count("features", features, example=example)
+        classes = check_count("classes", classes, example=example)
+        output_dim = check_count("output_dim", output_dim, example=example)
         self.output_dim = output_dim
         self.register_buffer("feature_matrix", torch.randn(features, output_dim))
         self.register_buffer("class_matrix", torch.randn(classes, output_dim))
@@ -364,6 +366,9 @@ class DomainHead(nn.Module):
         binary: One logit for two domains; see :func:`num_logits`.
         coeff: Initial coefficient of the reversal.
         layout: How the feature was read, for the record.
+
+    Raises:
+        SurgeryError: A part is not a module, or a setting is impossible.
     """
 
     def __init__(
@@ -378,6 +383,12 @@ class DomainHead(nn.Module):
         layout: Layout | None = None,
     ) -> None:
         super().__init__()
+        for name, part in (("classifier", classifier), ("pool", pool), ("condition", condition)):
+            if part is not None or name == "classifier":
+                owner = f"DomainHead, for its {name},"
+                check_network(
+                    part, owner, example="DomainHead(DomainClassifier(512), pool=FeaturePool('nchw'))"
+                )
         self.num_logits = None if num_domains is None else num_logits(num_domains, binary)
         self.layout = layout
         self.reversal = GradientReversal(coeff)
@@ -586,7 +597,7 @@ def _build_condition(
             f"condition={condition!r} needs the number of classes",
             example="num_classes=10, condition='multilinear'",
         )
-    _check_count("num_classes", num_classes)
+    num_classes = check_count("num_classes", num_classes, example="num_classes=10")
     if layout is None or classifier == "patch":
         raise SurgeryError(
             "a condition needs one vector (B, C) per sample, which neither a patch head nor pool='none' has",
@@ -616,7 +627,11 @@ def find_heads(model: nn.Module) -> dict[str, nn.Module]:
         >>> head = DomainHead(DomainClassifier(4))
         >>> list(find_heads(nn.ModuleDict({"backbone": nn.Linear(4, 4), "domain": head})))
         ['domain']
+
+    Raises:
+        SurgeryError: It is not a network.
     """
+    check_network(model, "find_heads")
     return {name: module for name, module in model.named_modules() if _is_head(module)}
 
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from types import FunctionType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import fx, nn
+from torch.fx.node import map_arg
+from torch.fx.operator_schemas import get_signature_for_torch_op
 
 from grl_surgery.errors import SurgeryError
+from grl_surgery.function_calls import FunctionCall
 from grl_surgery.links import is_size, origin
 from grl_surgery.trace_copy import is_building_block
-from grl_surgery.tracer import IN_PLACE, boundary
+from grl_surgery.tracer import boundary
+from grl_surgery.values import IN_PLACE
 
 __all__ = [
     "VIEWING",
@@ -21,6 +25,7 @@ __all__ = [
     "hidden_writes",
     "memory",
     "overwrites",
+    "overwritten",
     "refuse_lost_writes",
     "refuse_unseen_reads",
 ]
@@ -43,19 +48,78 @@ EffectsOf = Callable[[nn.Module], Effects]
 
 def overwrites(model: nn.Module, node: fx.Node) -> bool:
     """Whether the node is known to change its first argument in place and to return it."""
-    if not node.args or not isinstance(node.args[0], fx.Node):
+    if not node.args or _called(node) == "setitem" or isinstance(node.target, FunctionCall):
         return False
+    return overwritten(model, node) == [node.args[0]] and (not _is_operator(node) or _is_aten(node))
+
+
+def overwritten(model: nn.Module, node: fx.Node) -> list[fx.Node]:
+    """The arguments that the node is known to change in place."""
     if node.op == "call_module":
         held = None if node.meta.get("spliced") else model.get_submodule(str(node.target))
-        return getattr(held, "inplace", False) is True
-    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-    in_place_operator = getattr(node.target, "__module__", "") == "_operator" and name in IN_PLACE
-    return in_place_operator or (name.endswith("_") and not name.endswith("__")) or _asks(node, name)
+        return _given(node) if getattr(held, "inplace", False) is True else []
+    if node.op not in ("call_function", "call_method"):
+        return []
+    if isinstance(node.target, FunctionCall):
+        return node.all_input_nodes if "mark_dirty" in _names_in_forward(node.target.kind) else []
+    if node.kwargs.get("out") is not None:
+        return _nodes_in(node.kwargs["out"])
+    if _is_operator(node):
+        return _mutated(node)
+    return _given(node) if _writes(node) else []
 
 
-def _asks(node: fx.Node, name: str) -> bool:
-    positional = node.args[-1] if name in ("relu", "relu6", "hardswish", "silu", "mish") else False
-    return node.op == "call_function" and (node.kwargs.get("inplace") is True or positional is True)
+def _writes(node: fx.Node) -> bool:
+    name = _called(node)
+    is_operators = getattr(node.target, "__module__", "") == "_operator"
+    if is_operators or (node.op == "call_method" and str(node.target).startswith("__")):
+        return name in IN_PLACE or name == "setitem"  # the underscore of operator.and_ means nothing
+    return name.endswith("_") or (node.op == "call_function" and node.kwargs.get("inplace") is True)
+
+
+def _names_in_forward(kind: type) -> tuple[str, ...]:
+    """What the forward of an autograd.Function calls; it has to mark what it changes in place."""
+    methods = (getattr(kind, name, None) for name in ("forward", "setup_context"))
+    return tuple(
+        name for method in methods if isinstance(method, FunctionType) for name in method.__code__.co_names
+    )
+
+
+def _is_operator(node: fx.Node) -> bool:
+    return str(getattr(node.target, "__module__", "")).startswith("torch._ops.")
+
+
+def _is_aten(node: fx.Node) -> bool:
+    return getattr(node.target, "__module__", "") == "torch._ops.aten"
+
+
+def _mutated(node: fx.Node) -> list[fx.Node]:
+    """The arguments that an operator changes by its schema."""
+    operator: Any = node.target
+    schemas = get_signature_for_torch_op(operator, return_schemas=True)[1] or ()
+    arguments = [(n, arg) for schema in schemas for n, arg in enumerate(schema.arguments) if not arg.is_out]
+    written = [(n, arg.name) for n, arg in arguments if arg.alias_info and arg.alias_info.is_write]
+    return _nodes_in([node.args[n : n + 1] or node.kwargs.get(name) for n, name in dict.fromkeys(written)])
+
+
+def _called(node: fx.Node) -> str:
+    """Its function: ``getitem`` also for ``__getitem__``, ``mul_`` for ``torch.ops.aten.mul_.Tensor``."""
+    name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
+    return name.strip("_") if name.startswith("__") else name.partition(".")[0]
+
+
+def _given(node: fx.Node) -> list[fx.Node]:
+    """The values in the first argument, which torch also takes by one of these names."""
+    names = ("input", "self", "tensor", "tensors")
+    return _nodes_in(node.args[0] if node.args else [node.kwargs.get(name) for name in names])
+
+
+def _nodes_in(argument: Any) -> list[fx.Node]:
+    if isinstance(argument, fx.Node):
+        return [argument]
+    found: dict[fx.Node, None] = {}
+    map_arg(argument, found.setdefault)
+    return list(found)
 
 
 def follow(model: nn.Module, graph: fx.Graph) -> None:
@@ -83,38 +147,59 @@ def _marked(node: fx.Node) -> Iterator[fx.Node]:
 
 # ------------------------------------------------------------------------------------------------- views
 
-# torch's functions and methods whose result may lie in the memory of what they are given.
+# torch's functions and methods whose result may lie in the memory of what they are given first: views, what
+# returns its argument where nothing is to do, parts of tuples and mappings. An attribute is a ``getattr``.
 _VIEWS = frozenset(
     """
-    view view_as reshape reshape_as expand expand_as flatten unflatten squeeze unsqueeze transpose t permute
-    moveaxis movedim swapaxes swapdims narrow select chunk split tensor_split unbind diagonal unfold getitem
-    as_strided real imag contiguous detach to float double type_as dropout alpha_dropout feature_dropout
+    adjoint alias align_as align_to as_strided as_subclass as_tensor asarray broadcast_to chunk conj
+    conj_physical contiguous detach diagonal dsplit expand expand_as flatten from_dlpack getattr getitem
+    hsplit imag lift_fresh linalg_diagonal mH mT matrix_H moveaxis movedim narrow numpy_T permute pos positive
+    ravel real refine_names rename reshape reshape_as resize_as resolve_conj resolve_neg select slice
+    slice_inverse split split_with_sizes squeeze sum_to_size swapaxes swapdims t tensor_split transpose unbind
+    unflatten unfold unsafe_chunk unsafe_split unsafe_split_with_sizes unsqueeze view view_as view_as_complex
+    view_as_real vsplit
+
+    bfloat16 cdouble cfloat chalf cpu cuda dequantize double float half pin_memory to to_dense type type_as
+    xpu
+
+    alpha_dropout dropout dropout1d dropout2d dropout3d feature_alpha_dropout feature_dropout
+
+    ccol_indices coalesce col_indices crow_indices indices row_indices values
+
+    get items pop setdefault to_tuple
     """.split()  # noqa: SIM905
 )
-VIEWING = (nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+# The same for those that are given several.
+_VIEWS_OF_SEVERAL = frozenset(
+    "atleast_1d atleast_2d atleast_3d broadcast_tensors cartesian_prod einsum meshgrid set_".split()  # noqa: SIM905
+)
+VIEWING = (
+    *(nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+    *(nn.AlphaDropout, nn.FeatureAlphaDropout),
+)
 
 
 def _viewed(model: nn.Module, node: fx.Node, effects: EffectsOf) -> list[fx.Node]:
     """The values in whose memory the node's may lie."""
-    if _is_unknown(node):  # perhaps a named tuple of its arguments
-        return node.all_input_nodes
     if node.op == "call_module" and not node.meta.get("spliced"):
         module = model.get_submodule(str(node.target))
         if not is_building_block(module):
             return node.all_input_nodes if effects(module).returns else []
-        viewing = isinstance(module, VIEWING) or overwrites(model, node)
-    else:
-        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-        known = node.target is boundary or node.op == "call_module" or str(name) in _VIEWS
-        viewing = known or overwrites(model, node)
-    return [node.args[0]] if viewing and node.args and isinstance(node.args[0], fx.Node) else []
+        return _given(node) if isinstance(module, VIEWING) else overwritten(model, node)
+    name = _called(node)
+    if _is_unknown(node) or name in _VIEWS_OF_SEVERAL:  # a named tuple of its arguments, perhaps
+        return node.all_input_nodes
+    if node.target is boundary or node.op == "call_module" or name in _VIEWS:
+        return [] if is_size(node) else _given(node)
+    return overwritten(model, node)
 
 
 def _is_unknown(node: fx.Node) -> bool:
     """Whether it calls code in Python that is not torch's, and was not traced through."""
     if node.op != "call_function" or node.target is boundary:
         return False
-    return isinstance(node.target, (type, FunctionType)) and node.target.__module__.split(".")[0] != "torch"
+    python = isinstance(node.target, (type, FunctionType, FunctionCall))
+    return python and str(node.target.__module__).partition(".")[0] != "torch"
 
 
 def memory(model: nn.Module, node: fx.Node, effects: EffectsOf, *, behind: bool = False) -> set[fx.Node]:
@@ -130,7 +215,15 @@ def memory(model: nn.Module, node: fx.Node, effects: EffectsOf, *, behind: bool 
     return found
 
 
-def hidden_writes(model: nn.Module, graph: fx.Graph, effects: EffectsOf) -> Iterator[tuple[fx.Node, fx.Node]]:
+class HiddenWrite(NamedTuple):
+    """An operation, the argument that it overwrites, and a value that is read afterwards in its memory."""
+
+    node: fx.Node
+    value: fx.Node
+    read: fx.Node
+
+
+def hidden_writes(model: nn.Module, graph: fx.Graph, effects: EffectsOf) -> Iterator[HiddenWrite]:
     """Values that are read after their memory has been written in a way that no edge of the graph shows.
 
     A module that stays one call may read one of its inputs after it has overwritten another one, and may
@@ -140,20 +233,17 @@ def hidden_writes(model: nn.Module, graph: fx.Graph, effects: EffectsOf) -> Iter
         model: The network that the graph was traced from.
         graph: Its graph, after :func:`follow`.
         effects: What a module that stays one call does to its arguments.
-
-    Returns:
-        Pairs of an operation and a value that is read after the operation has overwritten it.
     """
     places = {node: place for place, node in enumerate(graph.nodes)}
     for node, value in _suspects(model, graph):
         visible = overwrites(model, node)
-        if visible or effects(model.get_submodule(str(node.target))).overwrites:
+        if overwritten(model, node) or effects(model.get_submodule(str(node.target))).overwrites:
             for same in memory(model, value, effects):
                 if places[same] < places[node] and (
                     any(places[user] > places[node] and not is_size(user) for user in same.users)
                     or (not visible and same is not value and same in node.all_input_nodes)
                 ):
-                    yield node, same
+                    yield HiddenWrite(node, value, same)
 
 
 def _suspects(model: nn.Module, graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
@@ -165,9 +255,10 @@ def _suspects(model: nn.Module, graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.N
     shared = _memories(model, graph)
     places = {node: place for place, node in enumerate(graph.nodes)}
     for node, place in places.items():
-        visible = overwrites(model, node)
-        if visible or (node.op == "call_module" and not node.meta.get("spliced")):
-            values = node.all_input_nodes[:1] if visible else node.all_input_nodes
+        values = overwritten(model, node)
+        if not values and node.op == "call_module" and not node.meta.get("spliced"):
+            values = node.all_input_nodes
+        if values:
             together = Counter(shared[value] for value in values)
             for value in values:
                 if last_read[shared[value]] > place or together[shared[value]] > 1:
@@ -214,11 +305,11 @@ def refuse_lost_writes(
     sources = [call.all_input_nodes[0] for call in calls]
     if not any(len(source.users) > 1 or _viewed(model, source, effects) for source in sources):
         return  # whatever lies in the memory of a reversed value lies behind its reversal
-    for node, read in hidden_writes(model, graph, effects):
+    for node, value, read in hidden_writes(model, graph, effects):
         shared = memory(model, read, effects)
         for call in calls:
             side = memory(model, call, effects, behind=True)
-            if call in shared and (node.all_input_nodes[0] in side) != (read in side):
+            if call in shared and (value in side) != (read in side):
                 raise _lost(
                     node, read, shared, f"between the two ({call.target}) would be lost on one of them"
                 )
@@ -230,7 +321,7 @@ def refuse_unseen_reads(model: nn.Module, graph: fx.Graph, point: str, effects: 
     Raises:
         SurgeryError: With the two places.
     """
-    for node, read in hidden_writes(model, graph, effects):
+    for node, _, read in hidden_writes(model, graph, effects):
         if _name(node) == point:
             shared = memory(model, read, effects)
             raise _lost(node, read, shared, "after the former would not be on the way")

@@ -1,43 +1,50 @@
-"""``isinstance`` in a traced forward: the answer that the running network would give, not a proxy's."""
+"""``isinstance`` and ``type`` in a traced forward: what the running network would answer, not a proxy."""
 
 from __future__ import annotations
 
 import builtins
 import contextlib
+import os
+import sys
+import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from grl_surgery.links import is_size, origin
-from grl_surgery.reachable import functions_of, names_in
-from grl_surgery.tracer import Tracer
+from grl_surgery.reachable import functions_held, functions_of, names_in
+from grl_surgery.tracer import RETURN_SEVERAL, TORCH, Tracer
 
 __all__ = ["kinds_answered"]
 
 
 @contextlib.contextmanager
-def kinds_answered(kinds: Iterable[type[nn.Module]]) -> Iterator[None]:
-    """Answer ``isinstance`` and ``torch.is_tensor`` in these modules' forwards, and in what they call.
+def kinds_answered(modules: Collection[nn.Module]) -> Iterator[None]:
+    """Answer ``isinstance``, ``type`` and ``torch.is_tensor`` in modules' forwards, and in what they call.
 
     To Python a traced value is a proxy, and a forward that begins with ``if isinstance(x, torch.Tensor)``
     would be traced along the wrong branch. The name is looked up in the globals of the forward's file, so
     that is where another function stands for it meanwhile.
     """
-    files = {id(names): names for kind in kinds for names in _files_of(kind)}
-    shadowed = [names for names in files.values() if "isinstance" not in names]
-    is_tensor = torch.is_tensor
-    for names in shadowed:
-        names["isinstance"] = _isinstance
+    held = (_asking(functions_held(module)) for module in modules)
+    by_class = (_files_of(kind) for kind in dict.fromkeys(map(type, modules)))
+    files = {id(names): names for found in (*held, *by_class) for names in found}
+    shadowed = [(names, asked) for names in files.values() for asked in _ANSWERS if asked not in names]
+    is_tensor, is_grad_enabled = torch.is_tensor, torch.is_grad_enabled
+    for names, asked in shadowed:
+        names[asked] = _ANSWERS[asked]
     torch.is_tensor = lambda value: _isinstance(value, torch.Tensor)  # type: ignore[assignment]
+    torch.is_grad_enabled = _grad_mode_asked(is_grad_enabled)
     try:
         yield
     finally:
-        torch.is_tensor = is_tensor
-        for names in shadowed:
-            del names["isinstance"]
+        torch.is_tensor, torch.is_grad_enabled = is_tensor, is_grad_enabled
+        for names, asked in shadowed:
+            del names[asked]
 
 
 def _isinstance(value: Any, kinds: Any) -> bool:
@@ -48,15 +55,46 @@ def _isinstance(value: Any, kinds: Any) -> bool:
     return issubclass(_kind_of(value.node, value.tracer), kinds)
 
 
+class _Asked(type):
+    """Makes a class that stands for ``type``, as a function and as a class."""
+
+    def __call__(cls, value: Any, *rest: Any) -> Any:
+        traced = builtins.isinstance(value, fx.Proxy) and builtins.isinstance(value.tracer, Tracer)
+        return _kind_of(value.node, value.tracer) if traced else type(value, *rest)
+
+    def __instancecheck__(cls, value: Any) -> bool:
+        return builtins.isinstance(value, type)
+
+
+_ANSWERS: dict[str, Any] = {"isinstance": _isinstance, "type": _Asked("type", (), {})}
+
+
+def _grad_mode_asked(is_grad_enabled: Callable[[], bool]) -> Callable[[], bool]:
+    thread = threading.get_ident()
+
+    def answer() -> bool:
+        asking = sys._getframe(1).f_code.co_filename
+        if threading.get_ident() == thread and not asking.startswith((TORCH, _PACKAGE)):
+            raise RuntimeError("it asks whether gradients are computed, and a graph would keep the answer")
+        return is_grad_enabled()
+
+    return answer
+
+
+_PACKAGE = os.path.dirname(__file__) + os.sep
 _FILES: weakref.WeakKeyDictionary[type, list[dict[str, Any]]] = weakref.WeakKeyDictionary()
 
 
 def _files_of(kind: type[nn.Module]) -> list[dict[str, Any]]:
     """Globals of the files in which a module's forward, or something that it calls, asks for a class."""
     if kind not in _FILES:
-        asking = [f for f in functions_of(kind) if "isinstance" in names_in(f.__code__)]
-        _FILES[kind] = list({id(f.__globals__): f.__globals__ for f in asking}.values())
+        _FILES[kind] = _asking(functions_of(kind))
     return _FILES[kind]
+
+
+def _asking(functions: Iterable[FunctionType]) -> list[dict[str, Any]]:
+    asking = [f for f in functions if not _ANSWERS.keys().isdisjoint(names_in(f.__code__))]
+    return list({id(f.__globals__): f.__globals__ for f in asking}.values())
 
 
 # ------------------------------------------------------------------------------------------- the answer
@@ -78,7 +116,7 @@ def _kind_of(node: fx.Node, tracer: Tracer) -> type:
     tracer.look_into(node)
     if node.op == "call_module":
         layer = tracer.root.get_submodule(str(node.target))
-        several = isinstance(layer, _PAIRS) or getattr(layer, "return_indices", False)
+        several = isinstance(layer, RETURN_SEVERAL) or getattr(layer, "return_indices", False)
     else:
         several = getattr(node.target, "__name__", node.target) in _SEVERAL
     return tuple if several else torch.Tensor
@@ -97,8 +135,7 @@ def _kind_of_size(node: fx.Node) -> type:
     return tuple if name == "stride" else float if name == "truediv" else int
 
 
-# Layers and operations that return a tuple of tensors.
-_PAIRS = (nn.RNNBase, nn.MultiheadAttention)
+# Operations that return a tuple of tensors.
 _SEVERAL = frozenset(
     [
         *("chunk", "split", "split_with_sizes", "tensor_split", "hsplit", "vsplit", "dsplit", "unbind"),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import operator
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,15 +15,20 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from grl_surgery.comparison import Form, form_of, same_bits
 from grl_surgery.generators import random_state_kept
 from grl_surgery.loading.inputs import as_arguments
+from grl_surgery.nested import tensors_in
+from grl_surgery.precision import all_in_double, widened
+from grl_surgery.python_state import python_state_kept
 from grl_surgery.reversal import GradientReversal
-from grl_surgery.sharing import share_copy
+from grl_surgery.sharing import ORIGINAL, share_copy
 
 __all__ = [
     "Experiment",
     "Passage",
     "Run",
+    "coefficients",
     "objective",
     "private_copy",
     "repeatable",
@@ -30,17 +38,39 @@ __all__ = [
 ]
 
 Gradients = dict[str, torch.Tensor | None]
+Copy = Callable[[torch.Tensor], torch.Tensor]
 
 
 def private_copy(network: nn.Module, flags: Mapping[str, bool]) -> nn.Module:
     """A tree over the same tensors with these mode flags, and without graphs that a cache kept alive."""
-    tree = share_copy(network)
+    tree = _own_tree(network)
     for path, module in tree.named_modules():
         module.training = flags.get(path, module.training)
         for value in module.__dict__.values():
             if type(value) in (dict, list) and any(_has_graph(item) for item in _items(value)):
                 value.clear()
     return tree
+
+
+def _own_tree(network: nn.Module) -> nn.Module:
+    """A tree over the same tensors, but for scripted modules, which cannot share theirs and are copied."""
+    tree = share_copy(network)
+    made: dict[int, Any] = {}
+    for module in [module for module in tree.modules() if not _is_scripted(module)]:
+        original: Any = module.__dict__.get(ORIGINAL)
+        if _is_scripted(original):
+            twin: Any = copy.deepcopy(original)
+            module.__dict__[ORIGINAL] = twin
+            module.__dict__.update((key, twin.__dict__[key]) for key in ("_parameters", "_buffers"))
+            module._modules.update(twin._modules.items())
+        else:
+            scripted = {name: child for name, child in module._modules.items() if _is_scripted(child)}
+            module._modules.update(copy.deepcopy(scripted, made))
+    return tree
+
+
+def _is_scripted(module: Any) -> bool:
+    return isinstance(module, torch.jit.ScriptModule)
 
 
 def _items(container: Any) -> Sequence[Any]:
@@ -85,14 +115,37 @@ class Run:
     """What one network did.
 
     Args:
-        outputs: Every tensor that it returned, by objective.
+        output: What it returned, without the logits of its heads.
         gradients: Gradient of each objective with respect to each parameter that requires one.
         buffers: Its buffers afterwards.
+        parameters: Names of its parameters.
+        written: Those of them that the forward gave other values.
+        remembers: Whether it left Python objects otherwise than they were.
     """
 
-    outputs: dict[str, list[torch.Tensor]]
+    output: Form
     gradients: dict[str, Gradients]
     buffers: dict[str, torch.Tensor]
+    parameters: frozenset[str]
+    written: dict[str, torch.Tensor]
+    remembers: bool
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A network that is ready to run: every call sees the same inputs and the same random numbers."""
+
+    experiment: Experiment
+    tree: nn.Module
+    leaves: dict[str, torch.Tensor]
+    buffers: dict[str, torch.Tensor]
+    changed: Callable[[], str | None]
+
+    def __call__(self) -> Any:
+        given = pytree.tree_map_only(torch.Tensor, self.experiment.copied, self.experiment.inputs)
+        args, kwargs = as_arguments(given)
+        torch.manual_seed(self.experiment.seed)
+        return self.tree(*args, **kwargs)
 
 
 @dataclass
@@ -100,15 +153,17 @@ class Experiment:
     """The parameter values, the inputs and the random numbers that several networks are run on.
 
     Args:
-        values: By parameter name; leaves of their own, so that no ``.grad`` of anybody's is touched.
+        values: By parameter name. Runs work on copies, since a forward may write into its parameters.
         inputs: Arguments of forward: a tensor, a tuple, or a dict by name.
         seed: Of every run, and of the objectives.
+        double: Run in float64.
     """
 
     values: dict[str, torch.Tensor]
     inputs: Any
     seed: int
-    dtype: torch.dtype | None = field(default=None)
+    double: bool = False
+    unwritten: dict[str, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def on(cls, network: nn.Module, inputs: Any, seed: int) -> Experiment:
@@ -127,37 +182,68 @@ class Experiment:
 
     def in_double(self) -> Experiment:
         """The same in float64."""
-        return Experiment(self.values, self.inputs, self.seed, torch.float64)
+        values = {n: widened(v.detach()).requires_grad_(v.requires_grad) for n, v in self.values.items()}
+        return Experiment(values, self.inputs, self.seed, double=True)
 
     def run(self, network: nn.Module, heads: Sequence[str] = ()) -> Run:
         """Forward once, and backward once for the output and once for each head."""
-        names = [name for name, _ in network.named_parameters()]
-        leaves = {name: self._leaf(self.values[name]) for name in names}
-        buffers = {name: self._copy(buffer) for name, buffer in network.named_buffers()}
-        buffers.update((name, torch.ones_like(buffers[name])) for name in _coefficients(network))
-        given = pytree.tree_map_only(torch.Tensor, self._copy, self.inputs)
-        args, kwargs = as_arguments(given)
-        torch.manual_seed(self.seed)
-        value = with_tensors(network, {**leaves, **buffers})(*args, **kwargs)
-        parts = dict(zip(("output", *heads), value if heads else (value,), strict=True))
-        outputs = {name: tensors_in(part) for name, part in parts.items()}
-        gradients = {name: self._gradients(tensors, leaves) for name, tensors in outputs.items()}
-        detached = {name: [tensor.detach() for tensor in tensors] for name, tensors in outputs.items()}
-        return Run(detached, gradients, buffers)
+        with self._prepared(network) as call:
+            parts = dict(zip(("output", *heads), call() if heads else (call(),), strict=True))
+            gradients = {name: self._gradients(part, call.leaves) for name, part in parts.items()}
+            output, remembers = form_of(parts["output"]), call.changed() is not None
+        written = self._written(call.leaves)
+        return Run(output, gradients, call.buffers, frozenset(call.leaves), written, remembers)
 
-    def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        copied = tensor.detach().clone()
-        return copied.to(self.dtype) if self.dtype and copied.is_floating_point() else copied
+    def second(self, network: nn.Module, heads: Sequence[str] = ()) -> Form:
+        """What a second call returns, without the logits of heads."""
+        with self._prepared(network) as call:
+            call()
+            value = call()
+        return form_of(value[0] if heads else value)
 
-    def _leaf(self, value: torch.Tensor) -> torch.Tensor:
-        return self._copy(value).requires_grad_(value.requires_grad) if self.dtype else value
+    @contextlib.contextmanager
+    def _prepared(self, network: nn.Module) -> Iterator[_Call]:
+        """A network over tensors of its own, to be called; what it does to other Python objects is undone."""
+        leaves = {name: self._leaf(name) for name, _ in network.named_parameters()}
+        buffers = {name: self.copied(buffer) for name, buffer in network.named_buffers()}
+        buffers.update((name, torch.ones_like(buffers[name])) for name in coefficients(network))
+        tree = with_tensors(network, {**leaves, **buffers}, self.copied)
+        precision = all_in_double() if self.double else contextlib.nullcontext()
+        modules = {path: module for path, module in tree.named_modules() if not _is_scripted(module)}
+        with python_state_kept(modules) as changed, precision:
+            yield _Call(self, tree, leaves, buffers, changed)
 
-    def _gradients(self, outputs: Sequence[torch.Tensor], leaves: Mapping[str, torch.Tensor]) -> Gradients:
+    def copied(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy for one run, in its precision."""
+        return widened(_clone(tensor)) if self.double else _clone(tensor)
+
+    def _leaf(self, name: str) -> torch.Tensor:
+        """A leaf of the run's own, so that no ``.grad`` of anybody's is touched."""
+        value = self.values[name]
+        copied = self.unwritten.pop(name, None)
+        return (_clone(value) if copied is None else copied).requires_grad_(value.requires_grad)
+
+    def _written(self, leaves: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What was written into the leaves; those that were not can be used again.
+
+        A write by way of ``.data`` moves no version counter, so it is the values that tell.
+        """
+        written: dict[str, torch.Tensor] = {}
+        for name, leaf in leaves.items():
+            kept = self.unwritten if same_bits(leaf.detach(), self.values[name].detach()) else written
+            kept[name] = leaf.detach()
+        return written
+
+    def _gradients(self, part: Any, leaves: Mapping[str, torch.Tensor]) -> Gradients:
         wanted = [name for name, leaf in leaves.items() if leaf.requires_grad]
-        scalar = objective(outputs, self.seed)
+        scalar = objective(tensors_in(part), self.seed)
         if scalar is None or not wanted:
             return dict.fromkeys(wanted)
         return dict(zip(wanted, _gradients(scalar, [leaves[name] for name in wanted]), strict=True))
+
+
+def _clone(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().clone()
 
 
 def objective(outputs: Sequence[torch.Tensor], seed: int) -> torch.Tensor | None:
@@ -172,49 +258,85 @@ def objective(outputs: Sequence[torch.Tensor], seed: int) -> torch.Tensor | None
     return sum(terms[1:], terms[0]) if terms else None
 
 
-def with_tensors(network: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
-    """A tree that holds these tensors for good: a checkpointed forward runs again in the backward pass."""
-    tree = share_copy(network)
+def with_tensors(
+    network: nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    copied: Copy = _clone,
+) -> nn.Module:
+    """A tree that holds these tensors for good: a checkpointed forward runs again in the backward pass.
+
+    Args:
+        network: What to make another tree of.
+        tensors: Its parameters and buffers in the new tree, by name.
+        copied: Makes what the new tree holds in place of tensors that are neither.
+    """
+    tree = _own_tree(network)
     named = (*tree.named_parameters(), *tree.named_buffers())
-    exchanged = {id(tensor): tensors[name] for name, tensor in named}
+    known: dict[int, Any] = {id(tensor): tensors[name] for name, tensor in named}
+    known.update((id(tensor), tensor) for tensor in tensors.values())
     for module in tree.modules():
-        for holder in (module._parameters, module._buffers):
-            for name, tensor in holder.items():
-                if tensor is not None:
-                    holder[name] = exchanged[id(tensor)]  # type: ignore[assignment]
+        _exchange_inside(module._parameters, known, copied)
+        _exchange_inside(module._buffers, known, copied)
+        if not _is_scripted(module):
+            _exchange_inside(module.__dict__, known, copied)
         if hasattr(module, "_flat_weights_names"):  # recurrent layers keep a list of their parameters
             names: Any = module._flat_weights_names
             module.__dict__["_flat_weights"] = [getattr(module, name) for name in names]
     return tree
 
 
+def _exchange_inside(holder: Any, known: dict[int, Any], copied: Copy) -> None:
+    """Exchange the tensors in a dict or a list, in place."""
+    for key, item in list(enumerate(holder) if isinstance(holder, list) else holder.items()):
+        exchanged = _exchanged(item, known, copied)
+        if exchanged is not item:
+            holder[key] = exchanged
+
+
+def _exchanged(value: Any, known: dict[int, Any], copied: Copy) -> Any:
+    """``value`` with other tensors in it; a tensor that stands in several places stays one."""
+    if id(value) in known:
+        return known[id(value)]
+    if isinstance(value, torch.Tensor):
+        made = copied(value).requires_grad_(value.requires_grad and value.is_leaf)
+        known[id(value)] = known[id(made)] = made
+        return made
+    if type(value) is tuple:
+        parts = [_exchanged(item, known, copied) for item in value]
+        return value if all(map(operator.is_, parts, value)) else tuple(parts)
+    if type(value) in _COPIED and value:
+        known[id(value)] = value
+        _exchange_inside(value, known, copied)
+    return value
+
+
+# The containers of which a tree has its own.
+_COPIED = (dict, OrderedDict, defaultdict, list)
+
+
 def _gradients(objective: torch.Tensor, leaves: Sequence[torch.Tensor]) -> Sequence[torch.Tensor | None]:
+    found: Sequence[torch.Tensor | None]
     try:
-        return torch.autograd.grad(objective, leaves, retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(objective, leaves, retain_graph=True, allow_unused=True)
     except RuntimeError as error:
         if "use_reentrant" not in str(error):
             raise
-    objective.backward(retain_graph=True)  # type: ignore[no-untyped-call]
-    found = [leaf.grad for leaf in leaves]
-    for leaf in leaves:
-        leaf.grad = None
-    return found
+        objective.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+        found = [leaf.grad for leaf in leaves]
+        for leaf in leaves:
+            leaf.grad = None
+    return [_dense(gradient) for gradient in found]
 
 
-def _coefficients(network: nn.Module) -> list[str]:
+def _dense(gradient: torch.Tensor | None) -> torch.Tensor | None:
+    """An embedding may give its gradient as sparse entries, in any order and with repetitions."""
+    return gradient if gradient is None or gradient.layout == torch.strided else gradient.to_dense()
+
+
+def coefficients(network: nn.Module) -> list[str]:
+    """Names of the coefficients among the buffers."""
     layers = (path for path, module in network.named_modules() if isinstance(module, GradientReversal))
     return [f"{path}.coeff" if path else "coeff" for path in layers]
-
-
-def tensors_in(value: Any) -> list[torch.Tensor]:
-    """Every tensor in a nested output, in a fixed order."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        return [tensor for item in value.values() for tensor in tensors_in(item)]
-    if isinstance(value, (tuple, list)):
-        return [tensor for item in value for tensor in tensors_in(item)]
-    return tensors_in(vars(value)) if hasattr(value, "__dataclass_fields__") else []
 
 
 # ------------------------------------------------------------------------------------ at the reversals
@@ -237,7 +359,7 @@ def watching(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Passage
         def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
             if output.grad_fn is not None:
                 output.grad_fn.register_hook(
-                    lambda left, entered: passed[name].append(Passage(entered[0], left[0]))
+                    lambda left, entered: passed[name].append(Passage(_dense(entered[0]), _dense(left[0])))
                 )
 
         return hook

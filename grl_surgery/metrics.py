@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from grl_surgery.arguments import check_network
 from grl_surgery.errors import PointNotFoundError, ShapeError, SurgeryError
 from grl_surgery.heads import find_heads
 from grl_surgery.points import near_names
@@ -131,7 +132,7 @@ class AdversarialMetrics:
         head: Which one, where the network has several.
 
     Raises:
-        SurgeryError: The network has no head, or several and none was named.
+        SurgeryError: It is not a network, or has no head, or several and none was named.
         PointNotFoundError: None has that name.
     """
 
@@ -242,6 +243,7 @@ class AdversarialMetrics:
 
 
 def _choose_head(model: nn.Module, name: str | None) -> nn.Module:
+    check_network(model, "AdversarialMetrics", example="AdversarialMetrics(model)")
     heads = find_heads(model)
     if not heads:
         raise SurgeryError(
@@ -252,14 +254,14 @@ def _choose_head(model: nn.Module, name: str | None) -> nn.Module:
         raise SurgeryError(
             f"there are {len(heads)} domain heads: say which one to watch",
             choices=list(heads),
-            example=f"AdversarialMetrics(model, head={next(iter(heads))!r})",
+            example=f"head={next(iter(heads))!r}",
         )
     if name is not None and name not in heads:
-        near = near_names(name, heads) or list(heads)
+        near = near_names(str(name), heads) or list(heads)
         raise PointNotFoundError(
             f"there is no domain head {name!r}",
             choices=near,
-            example=f"AdversarialMetrics(model, head={near[0]!r})",
+            example=f"head={near[0]!r}",
         )
     return heads[name] if name is not None else next(iter(heads.values()))
 
@@ -392,8 +394,9 @@ def proxy_a_distance(source_features: Tensor, target_features: Tensor, *, seed: 
 
 
 def _check_feature_sets(*sets: Tensor) -> list[Tensor]:
+    example = "proxy_a_distance(FeaturePool('nchw')(source), FeaturePool('nchw')(target))"
     for features in sets:
-        check_tensor(features, "proxy_a_distance")
+        check_tensor(features, "proxy_a_distance", example=example)
     shapes = [tuple(features.shape) for features in sets]
     if (
         any(len(shape) != 2 or shape[0] < 4 or shape[1] == 0 for shape in shapes)
@@ -401,7 +404,7 @@ def _check_feature_sets(*sets: Tensor) -> list[Tensor]:
     ):
         raise ShapeError(
             f"features of shapes {shapes[0]} and {shapes[1]}: expected (N, C) and (M, C), N and M at least 4",
-            example="proxy_a_distance(FeaturePool('nchw')(source), FeaturePool('nchw')(target))",
+            example=example,
         )
     sets = tuple(features.detach().cpu().double() for features in sets)
     for name, features in zip(("source", "target"), sets, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -16,6 +17,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from grl_surgery.arguments import check_network
 from grl_surgery.cutting import apply_cuts, retrace
 from grl_surgery.errors import ShapeError, SurgeryError
 from grl_surgery.links import links, origin
@@ -152,15 +154,15 @@ def describe(model: nn.Module, depth: int | None = 1, example_inputs: Any = None
         SurgeryError: ``depth`` is not a positive number.
         TracingError: The network's own forward cannot be traced.
     """
+    check_network(model, "graph")
     if depth is not None and (not isinstance(depth, int) or depth < 1):
         raise SurgeryError(
             f"depth must be 1 or more, or None for all levels; got {depth!r}", example="depth=2"
         )
     graph, constants = graph_of(model, depth)
-    inputs = (
-        example_inputs if example_inputs is not None else known_inputs(getattr(model, "_original", model))
-    )
-    if isinstance(model, SplicedModule) and model.is_opaque:
+    original = model.grl_original if isinstance(model, SplicedModule) else model
+    inputs = example_inputs if example_inputs is not None else known_inputs(original)
+    if isinstance(model, SplicedModule) and model.grl_surgery.is_opaque:
         inputs = None  # its forward runs as it is, which may be on data only
     shapes = {} if inputs is None else _shapes(model, graph, constants, bind_inputs(graph, inputs))
     named = [node for node in graph.nodes if "point" in node.meta and node.target is not boundary]
@@ -210,7 +212,8 @@ def _describe_node(model: nn.Module, node: fx.Node, shape: tuple[int, ...] | Non
 def _describe_module(model: nn.Module, path: str, name: str) -> GraphNode:
     module = model.get_submodule(path)
     elements = sum(parameter.numel() for parameter in module.parameters())
-    heads = [cut.module for cut in getattr(model, "cuts", ()) if cut.kind == "head"]
+    cuts = model.grl_surgery.cuts if isinstance(model, SplicedModule) else ()
+    heads = [cut.module for cut in cuts if cut.kind == "head"]
     role: Literal["", "head", "reversal"] = "head" if path in heads else ""
     coeff = None
     if isinstance(module, GradientReversal):
@@ -262,8 +265,7 @@ def _shapes(
     model: nn.Module, graph: fx.Graph, constants: dict[str, torch.Tensor], inputs: list[Any]
 ) -> dict[fx.Node, tuple[int, ...]]:
     """Output shapes of as many nodes as can be run on tensors without data."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad(), _quiet():
         try:
             tree = _without_data(model, mode)
         except ValueError:  # a lazy module has no shapes yet
@@ -313,7 +315,7 @@ def check_runs(module: nn.Module, shapes: Sequence[tuple[int, ...]]) -> None:
     Raises:
         SurgeryError: Whatever the module's own checks raise, or that it cannot run.
     """
-    with FakeTensorMode() as mode, torch.no_grad():
+    with FakeTensorMode() as mode, torch.no_grad(), _quiet():
         parameter = next(module.parameters(), torch.empty(0))
         inputs = [torch.empty(shape, dtype=parameter.dtype) for shape in shapes]
         try:
@@ -324,6 +326,19 @@ def check_runs(module: nn.Module, shapes: Sequence[tuple[int, ...]]) -> None:
             raise ShapeError(
                 f"{type(module).__name__} cannot run on {' and '.join(map(str, shapes))}: {error}"
             ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's warnings and the tracebacks that it logs of what fails, which is caught here."""
+    log = logging.getLogger(FakeTensorMode.__module__)
+    before, log.disabled = log.disabled, True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.disabled = before
 
 
 def _without_data(model: nn.Module, mode: FakeTensorMode) -> nn.Module:

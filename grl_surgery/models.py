@@ -14,7 +14,7 @@ from torch import nn
 from grl_surgery.errors import SurgeryError
 from grl_surgery.loading.checkpoints import load_checkpoint
 from grl_surgery.loading.downloads import downloading, one_line
-from grl_surgery.loading.factories import from_factory
+from grl_surgery.loading.factories import from_factory, no_factory_named
 from grl_surgery.loading.inputs import example_inputs
 from grl_surgery.points import near_names
 
@@ -73,6 +73,8 @@ def load_model(
             "pretrained weights and a checkpoint cannot both be loaded: the one would overwrite the other",
             example="leave out pretrained=True (--pretrained)",
         )
+    if not isinstance(source, str):
+        raise SurgeryError(f"a network is loaded by its name, got {type(source).__name__}", example=_FORMS)
     module, inputs = _build(source, pretrained)
     if checkpoint is not None:
         load_checkpoint(module, checkpoint)
@@ -100,6 +102,8 @@ def _build(source: str, pretrained: bool) -> tuple[nn.Module, tuple[Any, ...] | 
         return _from_torchvision(name, pretrained), None
     if ":" in source:
         return from_factory(source, pretrained)
+    if source.endswith(".py"):
+        raise no_factory_named(source)
     raise SurgeryError(
         f"{source!r} does not say where the model comes from", choices=_sources_like(source), example=_FORMS
     )

@@ -13,7 +13,9 @@ import torch
 from torch import fx, nn
 
 from grl_surgery.errors import ShapeError, SurgeryError
+from grl_surgery.nested import keys_of, part_of
 from grl_surgery.points import near_names
+from grl_surgery.trace_copy import overrides_call
 
 __all__ = ["call", "call_and_collect", "opaque_graph", "pick", "reverse_each", "tap"]
 
@@ -28,7 +30,7 @@ def opaque_graph(collected: Sequence[str] = ()) -> fx.Graph:
     args, kwargs = graph.placeholder("*args"), graph.placeholder("**kwargs")
     for node, name in ((args, "args"), (kwargs, "kwargs")):
         node.meta.update(point=name, base=name)
-    called = (graph.create_node("get_attr", "whole"), args, kwargs)
+    called = (graph.create_node("get_attr", "grl_whole"), args, kwargs)
     if collected:
         values = graph.call_function(call_and_collect, (*called, list(collected)))
         value, *taps = (graph.call_function(operator.getitem, (values, n)) for n in range(len(collected) + 1))
@@ -42,7 +44,8 @@ def opaque_graph(collected: Sequence[str] = ()) -> fx.Graph:
 
 def call(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The network's own forward; hooks on the network are run by whoever stands in its place."""
-    return network.forward(*args, **kwargs)
+    run = network if overrides_call(network) else network.forward
+    return run(*args, **kwargs)
 
 
 def _one_operation(function: Callable[..., Any]) -> Any:
@@ -80,19 +83,9 @@ def reverse_each(layer: nn.Module, value: Any, items: tuple[Any, ...] = ()) -> A
         return _exchanged(value, items[0], lambda item: reverse_each(layer, item, items[1:]))
     if isinstance(value, torch.Tensor):
         return layer(value) if value.is_floating_point() or value.is_complex() else value
-    for key in _keys(value):
+    for key in keys_of(value):
         value = _exchanged(value, key, lambda item: reverse_each(layer, item))
     return value
-
-
-def _keys(value: Any) -> list[Any]:
-    """How the parts of a container are called."""
-    if isinstance(value, Mapping):
-        return list(value)
-    if isinstance(value, (tuple, list)):
-        return list(range(len(value)))
-    held = getattr(value, "__dict__", {}) if not isinstance(value, (type, nn.Module)) else {}
-    return [name for name, item in held.items() if isinstance(item, (torch.Tensor, tuple, list, Mapping))]
 
 
 def _exchanged(value: Any, key: Any, change: Callable[[Any], Any]) -> Any:
@@ -126,7 +119,7 @@ def pick(value: Any, items: tuple[Any, ...]) -> Any:
 
 def _part(value: Any, key: Any) -> tuple[Any, Any]:
     """The part of a container called ``key``, which names neither tell whether '0' is a key or a place."""
-    keys = _keys(value)
+    keys = keys_of(value)
     found = next((known for known in keys if str(known) == str(key)), None)
     if found is None:
         names = [f"[{known}]" for known in keys]
@@ -134,7 +127,7 @@ def _part(value: Any, key: Any) -> tuple[Any, Any]:
             f"the value, a {type(value).__name__}, has no item [{key}]",
             choices=near_names(f"[{key}]", names) or names[:5],
         )
-    return found, value[found] if isinstance(value, (Mapping, tuple, list)) else getattr(value, found)
+    return found, part_of(value, found)
 
 
 # ------------------------------------------------------------------------------ what is handed out of one
@@ -163,7 +156,7 @@ def call_and_collect(
     collected: dict[str, list[Any]] = {}
     token = _RUNNING.set(collected)
     try:
-        output = network.forward(*args, **kwargs)
+        output = call(network, args, kwargs)
     finally:
         _RUNNING.reset(token)
     for name in names:

@@ -15,7 +15,7 @@ from grl_surgery.in_place import hidden_writes
 from grl_surgery.links import is_size, links
 from grl_surgery.points import Edge
 from grl_surgery.reversal import GradientReversal
-from grl_surgery.sharing import share_copy
+from grl_surgery.sharing import exchange, share_copy
 from grl_surgery.spliced_module import Cut, SplicedModule
 
 __all__ = ["HookReversal", "in_words", "predict", "predict_flow", "recipes", "shows_all", "with_reversals"]
@@ -37,7 +37,7 @@ class HookReversal(nn.Module):
 
 def recipes(model: nn.Module) -> dict[str, tuple[Cut, ...]]:
     """What was spliced into each module that is a graph of ours, by its path; ``""`` is the root."""
-    return {path: m.cuts for path, m in model.named_modules() if isinstance(m, SplicedModule)}
+    return {path: m.grl_surgery.cuts for path, m in model.named_modules() if isinstance(m, SplicedModule)}
 
 
 def with_reversals(model: nn.Module, reference: nn.Module, make: Callable[[], nn.Module]) -> nn.Module:
@@ -53,10 +53,9 @@ def with_reversals(model: nn.Module, reference: nn.Module, make: Callable[[], nn
         held = part._modules
         heads = {cut.module: share_copy(held[cut.module]) for cut in cuts if cut.is_head}
         made = {cut.module: heads.get(cut.module) or make() for cut in cuts if cut.kind != "tap"}
-        graphs = SplicedModule(host, apply_cuts(host, cuts, given=part.arguments), cuts, made)
+        graphs = SplicedModule(host, apply_cuts(host, cuts, given=part.grl_surgery.arguments), cuts, made)
         if path:
-            parent, _, name = path.rpartition(".")
-            tree.get_submodule(parent)._modules[name] = graphs
+            exchange(tree, host, graphs)
         else:
             tree = graphs
     for path, layer in model.named_modules():
@@ -87,8 +86,8 @@ def predict(oracle: nn.Module, objective: str = "output") -> dict[int, Factors]:
         return {}
     if any(True for _ in hidden_writes(oracle, oracle.graph, functools.cache(effects))):
         return {}
-    reversed_by = {cut.module for cut in oracle.cuts}
-    heads = [cut.module for cut in oracle.cuts if cut.is_head]
+    reversed_by = {cut.module for cut in oracle.grl_surgery.cuts}
+    heads = [cut.module for cut in oracle.grl_surgery.cuts if cut.is_head]
     part = f"0[{('output', *heads).index(objective)}]" if heads else "0"
     known: dict[int, Factors] = {id(parameter): frozenset() for parameter in oracle.parameters()}
     for node, factors in _signs(oracle.graph, reversed_by, part).items():
@@ -99,7 +98,7 @@ def predict(oracle: nn.Module, objective: str = "output") -> dict[int, Factors]:
 
 def shows_all(oracle: nn.Module) -> TypeGuard[SplicedModule]:
     """Whether every cut is in the graph of the root, and none inside a module that it calls."""
-    if not isinstance(oracle, SplicedModule) or oracle.is_opaque:
+    if not isinstance(oracle, SplicedModule) or oracle.grl_surgery.is_opaque:
         return False
     return not any(isinstance(module, SplicedModule) for module in oracle.modules() if module is not oracle)
 
@@ -128,9 +127,9 @@ def predict_flow(oracle: SplicedModule, graph: fx.Graph, objective: str = "outpu
 
 def _goal(oracle: SplicedModule, objective: str) -> tuple[set[str], str]:
     """What reverses, and which part of the output the objective is made of."""
-    heads = [cut.module for cut in oracle.cuts if cut.kind == "head"]
+    heads = [cut.module for cut in oracle.grl_surgery.cuts if cut.kind == "head"]
     part = f"0[{('output', *heads).index(objective)}]" if heads else "0"
-    return {cut.module for cut in oracle.cuts}, part
+    return {cut.module for cut in oracle.grl_surgery.cuts}, part
 
 
 def _signs(graph: fx.Graph, reversed_by: set[str], part: str) -> dict[fx.Node, Factors]:

@@ -183,6 +183,12 @@ def match_name(name: str, names: Iterable[str], others: Iterable[str] = ()) -> s
     alias = _TORCHVISION.match(name)
     if alias and f"{alias[1]}#{int(alias[2]) + 1}" in known:
         return f"{alias[1]}#{int(alias[2]) + 1}"
+    others = list(others)
+    if name in others:
+        raise PointNotFoundError(
+            f"{name!r} is a module of this network, but no forward that was traced calls it",
+            choices=near_names(name, known),
+        )
     near = near_names(name, [*known, *others])
     raise PointNotFoundError(
         f"there is no point {name!r} in this network",

@@ -29,8 +29,16 @@ _BY_RANK: dict[int, tuple[LayoutName, ...]] = {
 }
 
 
-def check_tensor(value: object, owner: str) -> bool:
+_ONE_TENSOR = "a point whose value is one tensor, or one item of it: after='encoder[0]'"
+
+
+def check_tensor(value: object, owner: str, *, example: str = _ONE_TENSOR) -> bool:
     """Whether ``value`` is a tensor whose shape can be read now: False while torch.fx traces.
+
+    Args:
+        value: What was given.
+        owner: The function or module that got it.
+        example: A call that works, where the value is not one at a point of a network.
 
     Raises:
         ShapeError: It is something else altogether.
@@ -38,10 +46,7 @@ def check_tensor(value: object, owner: str) -> bool:
     if isinstance(value, fx.Proxy):  # its shape is unknown until the traced graph runs
         return False
     if not isinstance(value, Tensor):
-        raise ShapeError(
-            f"{owner} works on a tensor, got {type(value).__name__}",
-            example="a point whose value is one tensor, or one item of it: after='encoder[0]'",
-        )
+        raise ShapeError(f"{owner} works on a tensor, got {type(value).__name__}", example=example)
     return True
 
 

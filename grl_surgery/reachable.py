@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import types
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["functions_of", "names_in"]
+__all__ = ["compared_arguments", "functions_held", "functions_of", "names_in"]
 
 
 def functions_of(kind: type[nn.Module]) -> list[FunctionType]:
@@ -18,6 +19,38 @@ def functions_of(kind: type[nn.Module]) -> list[FunctionType]:
     found: dict[int, FunctionType] = {}
     _collect(kind.forward, kind, found)
     return list(found.values())
+
+
+def functions_held(module: nn.Module) -> list[FunctionType]:
+    """The functions that a module keeps as attributes or in lists and dicts of it, and what they name."""
+    found: dict[int, FunctionType] = {}
+    for value in vars(module).values():
+        items = (
+            value.values()
+            if isinstance(value, dict)
+            else value
+            if isinstance(value, (list, tuple))
+            else [value]
+        )
+        for item in items:
+            if isinstance(item, (FunctionType, types.MethodType, functools.partial)):
+                _collect(item, type(module), found)
+    return list(found.values())
+
+
+@functools.lru_cache(maxsize=1000)
+def compared_arguments(code: CodeType) -> tuple[str, ...]:
+    """The first two arguments of a function of which its code asks whether they are the same object."""
+    arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    read: tuple[str, ...] = ()  # just before
+    for step in dis.get_instructions(code):
+        if step.opname.startswith("LOAD_FAST"):
+            read += step.argval if isinstance(step.argval, tuple) else (step.argval,)
+            continue
+        if step.opname == "IS_OP" and len(read) > 1 and set(read[-2:]) <= set(arguments):
+            return read[-2:]
+        read = ()
+    return ()
 
 
 def _collect(value: Any, kind: type, found: dict[int, FunctionType]) -> None:

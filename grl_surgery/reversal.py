@@ -32,6 +32,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import handle_torch_function, has_torch_function
 
+from grl_surgery.arguments import check_network
 from grl_surgery.errors import ShapeError, SurgeryError
 
 __all__ = ["GradientReversal", "reversal_disabled", "reverse_gradient"]
@@ -68,7 +69,7 @@ def reverse_gradient(x: Tensor, coeff: float | Tensor = 1.0) -> Tensor:
 
     Raises:
         ShapeError: `x` is not a tensor or cannot have a gradient, or `coeff` has none of the shapes above.
-        SurgeryError: `coeff` is negative, infinite, nan, or not a real number at all.
+        SurgeryError: `coeff` is a number that is negative, infinite or nan, or is not a real number at all.
     """
     if has_torch_function((x, coeff)):
         return handle_torch_function(reverse_gradient, (x, coeff), x, coeff=coeff)
@@ -99,7 +100,8 @@ class GradientReversal(nn.Module):
         GradientReversal(coeff=0.25)
 
     Args:
-        coeff: A finite number that is not negative, or a 0-d tensor holding one.
+        coeff: A number from 0 to the largest of float32, to which it is rounded, or a 0-d tensor holding one.
+            The value of a tensor is checked where it lies in the memory of the host.
 
     Raises:
         SurgeryError: `coeff` is negative, infinite, nan, or not a real number at all.
@@ -114,8 +116,8 @@ class GradientReversal(nn.Module):
     def __init__(self, coeff: float | Tensor = 1.0) -> None:
         super().__init__()
         _check_scalar(coeff)
-        value = coeff.detach().clone() if isinstance(coeff, Tensor) else torch.tensor(float(coeff))
-        self.register_buffer("coeff", value.to(torch.float32), persistent=False)
+        value = coeff.detach() if isinstance(coeff, Tensor) else torch.tensor(coeff, dtype=torch.float32)
+        self.register_buffer("coeff", value.to(torch.float32, copy=True), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns `x`; see `reverse_gradient`."""
@@ -135,8 +137,7 @@ class GradientReversal(nn.Module):
             GradientReversal(coeff=0.3)
 
         Args:
-            coeff: A finite number that is not negative, or a 0-d tensor holding one. The value of a tensor is
-                checked where it lies in the memory of the host.
+            coeff: As for the layer.
 
         Raises:
             SurgeryError: `coeff` is negative, infinite, nan, or not a real number at all.
@@ -206,8 +207,10 @@ def reversal_disabled(model: nn.Module) -> Iterator[None]:
         Nothing.
 
     Raises:
-        SurgeryError: A reversal in `model` is a layer no more, because a tracer went through it.
+        SurgeryError: It is not a network, or a reversal in it is a layer no more, because a tracer went
+            through it.
     """
+    check_network(model, "reversal_disabled", example="with reversal_disabled(model): ...")
     _check_reversals_are_layers(model)
     layers = [m for m in model.modules() if isinstance(m, GradientReversal) and m._suspended is None]
     with contextlib.ExitStack() as at_exit:
@@ -255,9 +258,21 @@ def _check_number(coeff: object) -> None:
         )
 
 
+def _check_float32(coeff: float) -> None:
+    _check_number(coeff)
+    if coeff > _LARGEST:
+        raise SurgeryError(
+            f"coeff is {str(coeff)[:40]}; a layer keeps it in float32, where it would be infinite",
+            example="coeff=0.5",
+        )
+
+
+_LARGEST = torch.finfo(torch.float32).max
+
+
 def _check_scalar(coeff: float | Tensor) -> None:
     if not isinstance(coeff, Tensor):
-        _check_number(coeff)
+        _check_float32(coeff)
         return
     _check_coeff_dtype(coeff)
     if coeff.dim() != 0:
@@ -268,7 +283,7 @@ def _check_scalar(coeff: float | Tensor) -> None:
         )
     # Reading from another device would make the host wait for it; a subclass may hold no value at all.
     if type(coeff) is Tensor and coeff.device.type == "cpu" and not _is_recording():
-        _check_number(coeff.detach().item())
+        _check_float32(coeff.detach().item())
 
 
 def _check_coeff_dtype(coeff: Tensor) -> None:

@@ -10,11 +10,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
 from numbers import Real
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from grl_surgery.arguments import check_count, check_names, check_number
 from grl_surgery.errors import PointNotFoundError, SurgeryError
 from grl_surgery.points import near_names
 from grl_surgery.reversal import GradientReversal
@@ -23,6 +25,7 @@ __all__ = [
     "CoefficientScheduler",
     "Schedule",
     "check_progress",
+    "check_schedule",
     "constant",
     "dann",
     "delayed",
@@ -31,7 +34,7 @@ __all__ = [
 ]
 
 
-def check_progress(p: float) -> float:
+def check_progress(p: object) -> float:
     """Return the training progress ``p`` as a float, or refuse it where it is outside [0, 1].
 
     Example:
@@ -41,12 +44,11 @@ def check_progress(p: float) -> float:
     Raises:
         SurgeryError: ``p`` is not a number, is nan, or is outside [0, 1].
     """
-    try:
-        progress = float(p)
-    except (TypeError, ValueError):
+    if not isinstance(p, (Real, Tensor)) or (isinstance(p, Tensor) and p.numel() != 1):
         raise SurgeryError(
             f"training progress must be a number in [0, 1], not {p!r}", example="dann()(step / total_steps)"
-        ) from None
+        )
+    progress = float(p)
     if not 0.0 <= progress <= 1.0:
         raise SurgeryError(
             f"training progress is {progress!r}, which is outside [0, 1]: 0 is the start, 1 the end",
@@ -55,11 +57,25 @@ def check_progress(p: float) -> float:
     return progress
 
 
-def _check_number(name: str, value: object, *, positive: bool = False) -> None:
-    number = float(value) if isinstance(value, Real) else math.nan
-    if not math.isfinite(number) or number < 0 or (positive and number == 0):
-        kind = "positive" if positive else "non-negative"
-        raise SurgeryError(f"{name} is {value!r}, but must be a {kind} finite number", example="dann(hi=0.3)")
+def check_schedule(schedule: object) -> None:
+    """Refuse what is no function of the progress, or makes one and was not called.
+
+    Raises:
+        SurgeryError: With what to write instead.
+    """
+    if not callable(schedule):
+        raise SurgeryError(
+            f"{schedule!r} is not a schedule, a function of the progress p", example="dann(hi=0.3)"
+        )
+    if any(schedule is factory for factory in (constant, linear, dann, warm_start, delayed)):
+        name = _type_name(schedule).rpartition(".")[2]
+        raise SurgeryError(
+            f"{name} makes schedules and is none itself: call it",
+            example="dann(hi=0.3)" if name != "constant" else "constant(0.3)",
+        )
+
+
+_check_number = partial(check_number, example="dann(hi=0.3)")
 
 
 def _clamp(value: float, lo: float, hi: float) -> float:
@@ -84,7 +100,7 @@ class Schedule(ABC):
 
     def at_step(self, step: float, total_steps: float) -> float:
         """Coefficient at step ``step`` of ``total_steps``: that of the progress ``step / total_steps``."""
-        return self(step / total_steps)
+        return self(_progress(step, total_steps))
 
     def __call__(self, p: float) -> float:
         """Coefficient at progress ``p``."""
@@ -165,12 +181,12 @@ class _Delayed(Schedule):
 
     def __post_init__(self) -> None:
         _check_number("before", self.before)
+        check_number("p0", self.p0, example="delayed(0.5, dann())")
         if check_progress(self.p0) == 1.0:
             raise SurgeryError(
                 "p0 is 1.0: the inner schedule would never begin", example="delayed(0.5, dann())"
             )
-        if not callable(self.inner):
-            raise SurgeryError(f"{self.inner!r} is not a schedule", example="delayed(0.5, dann())")
+        check_schedule(self.inner)
 
     def at(self, p: float) -> float:
         if p < self.p0:
@@ -190,6 +206,12 @@ def constant(value: float) -> Schedule:
     Example:
         >>> constant(0.3)(0.7)
         0.3
+
+    Args:
+        value: The coefficient.
+
+    Raises:
+        SurgeryError: It is no finite number, or negative.
     """
     return _Constant(value)
 
@@ -200,6 +222,13 @@ def linear(lo: float = 0.0, hi: float = 1.0) -> Schedule:
     Example:
         >>> linear(0.0, 0.5)(0.5)
         0.25
+
+    Args:
+        lo: Coefficient at the start.
+        hi: Coefficient at the end.
+
+    Raises:
+        SurgeryError: One is no finite number, or negative.
     """
     return _Linear(lo, hi)
 
@@ -216,6 +245,14 @@ def dann(lo: float = 0.0, hi: float = 1.0, gamma: float = 10.0) -> Schedule:
         dann(lo=0.0, hi=1.0, gamma=10.0)  # coefficient 0 at p=0, 0.9866 at p=1/2, 0.9999 at p=1
         >>> round(dann(hi=0.3)(0.5), 6)
         0.295984
+
+    Args:
+        lo: Coefficient at the start.
+        hi: What it tends to.
+        gamma: How fast; positive.
+
+    Raises:
+        SurgeryError: One is no finite number, or negative.
     """
     return _Dann(lo, hi, gamma)
 
@@ -234,6 +271,15 @@ def warm_start(alpha: float = 1.0, max_iters: float = 1000.0, lo: float = 0.0, h
         0.462117
         >>> round(warm_start(alpha=1.0, max_iters=1000).at_step(5000, total_steps=20000), 6)
         0.986614
+
+    Args:
+        alpha: How fast it rises; positive.
+        max_iters: The number N of iterations; positive.
+        lo: Coefficient at the start.
+        hi: What it tends to.
+
+    Raises:
+        SurgeryError: One is no finite number, or negative.
     """
     return _WarmStart(alpha, max_iters, lo, hi)
 
@@ -248,6 +294,14 @@ def delayed(p0: float, inner: Callable[[float], float], *, before: float = 0.0) 
         >>> schedule = delayed(0.2, linear(0.0, 1.0))
         >>> [round(schedule(p), 6) for p in (0.0, 0.2, 0.6, 1.0)]
         [0.0, 0.0, 0.5, 1.0]
+
+    Args:
+        p0: Progress in [0, 1) at which ``inner`` begins.
+        inner: A schedule, or any function of the progress.
+        before: Coefficient until then.
+
+    Raises:
+        SurgeryError: ``p0`` is outside its range, ``before`` is no coefficient, or ``inner`` no schedule.
     """
     return _Delayed(p0, inner, before)
 
@@ -255,7 +309,12 @@ def delayed(p0: float, inner: Callable[[float], float], *, before: float = 0.0) 
 def _at_step(schedule: Callable[[float], float], step: float, total_steps: float) -> float:
     if isinstance(schedule, Schedule):
         return schedule.at_step(step, total_steps)
-    return schedule(step / total_steps)
+    return schedule(_progress(step, total_steps))
+
+
+def _progress(step: float, total_steps: float) -> float:
+    check_number("total_steps", total_steps, positive=True, example="dann().at_step(5, total_steps=1000)")
+    return step / total_steps
 
 
 def _type_name(schedule: object) -> str:
@@ -348,18 +407,13 @@ class CoefficientScheduler:
         *,
         only: str | Sequence[str] | None = None,
     ) -> None:
-        if not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1:
-            raise SurgeryError(
-                f"total_steps is {total_steps!r}, but must be a positive whole number of training steps",
-                example="CoefficientScheduler(model, dann(), total_steps=epochs * len(loader))",
-            )
-        if not callable(schedule):
-            raise SurgeryError(
-                f"the schedule is {schedule!r}, which is not a function of the progress p",
-                example="CoefficientScheduler(model, constant(0.3), total_steps=1000)",
-            )
+        check_schedule(schedule)
         self.schedule = schedule
-        self.total_steps = total_steps
+        self.total_steps = check_count(
+            "total_steps",
+            total_steps,
+            example="CoefficientScheduler(model, dann(), total_steps=epochs * len(loader))",
+        )
         self._reversals = _select(_find(target), only)
         self._move_to(0)
 
@@ -448,7 +502,7 @@ class CoefficientScheduler:
 
 def _find(target: nn.Module | Mapping[str, GradientReversal]) -> dict[str, GradientReversal]:
     if isinstance(target, Mapping):
-        named = dict(target)
+        named = {name: _check_reversal(name, layer) for name, layer in target.items()}
     elif isinstance(target, nn.Module):
         named = {name: m for name, m in target.named_modules() if isinstance(m, GradientReversal)}
     else:
@@ -464,14 +518,22 @@ def _find(target: nn.Module | Mapping[str, GradientReversal]) -> dict[str, Gradi
     return named
 
 
+def _check_reversal(name: object, layer: object) -> GradientReversal:
+    if not isinstance(layer, GradientReversal):
+        raise SurgeryError(
+            f"{name!r} is no GradientReversal but of type {type(layer).__name__}",
+            example="CoefficientScheduler(reversals(model), dann(), total_steps=1000)",
+        )
+    return layer
+
+
 def _select(
     named: dict[str, GradientReversal], only: str | Sequence[str] | None
 ) -> dict[str, GradientReversal]:
     if only is None:
         return named
-    wanted = [only] if isinstance(only, str) else list(only)
     chosen: set[str] = set()
-    for want in wanted:
+    for want in check_names("only", only, example=f"only={next(iter(named))!r}"):
         matching = {name for name in named if name == want or name.startswith(f"{want}.")}
         if not matching:
             near = near_names(want, named) or list(named)[:5]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -15,8 +16,8 @@ from grl_surgery.errors import PointNotFoundError, ShapeError, SurgeryError, Tra
 from grl_surgery.generators import random_state_kept
 from grl_surgery.loading.inputs import as_arguments
 from grl_surgery.points import Edge, enclosing, escape, near_names, split_items, split_number
-from grl_surgery.sharing import share_copy
-from grl_surgery.spliced_module import Cut, SplicedModule, free_name
+from grl_surgery.sharing import exchange, share_copy, way_to
+from grl_surgery.spliced_module import Cut, SplicedModule, free_name, taken_apart
 from grl_surgery.tracing import module_paths
 
 __all__ = ["shapes_by_running", "splice_inside"]
@@ -64,8 +65,7 @@ def splice_inside(
         if around is not None and not all(_is_output_of(around, cut) for cut in hosts[around]):
             hosts[around] += hosts.pop(host)
     for host in sorted(hosts, key=len, reverse=True):
-        parent, _, name = host.rpartition(".")
-        base.get_submodule(parent)._modules[name] = _spliced(base, host, hosts[host], modules)
+        _replace(base, host, hosts[host], modules)
     if outer:
         own = {cut.module: modules[cut.module] for cut in outer}
         return SplicedModule(base, apply_cuts(base, outer, given=given), outer, own)
@@ -96,6 +96,35 @@ def _spliced(base: nn.Module, path: str, cuts: Sequence[Cut], modules: Mapping[s
     return SplicedModule(tree, apply_cuts(tree, made, given=_arguments(base, path)), made, held)
 
 
+def _replace(base: nn.Module, path: str, cuts: Sequence[Cut], modules: Mapping[str, nn.Module]) -> None:
+    """Put the spliced graph of the module at ``path`` wherever the tree refers to that module.
+
+    Raises:
+        TracingError: The tree refers to it in a way that cannot be changed, and might call it past the cuts.
+    """
+    old = base.get_submodule(path)
+    kind, holdings = type(old), _holdings(old)
+    exchange(base, old, _spliced(base, path, cuts, modules))
+
+    def is_old(module: nn.Module) -> bool:
+        """Whether it is what was replaced, or what that was copied from."""
+        return module is old or (type(module) is kind and bool(holdings[1]) and _holdings(module) == holdings)
+
+    way = way_to(base, is_old)
+    if way is not None:
+        raise TracingError(
+            f"the attribute {way!r} leads to {path!r} in a way that surgery cannot change, so that a forward "
+            f"which calls it from there would go past the reversal",
+            example=f"a forward that calls self.{path}, or an item of a list or a dict",
+        )
+
+
+def _holdings(module: nn.Module) -> tuple[list[type], list[int]]:
+    """The classes of all its modules, and which tensors these hold."""
+    tensors = (*module.parameters(), *module.buffers())
+    return list(map(type, module.modules())), list(map(id, tensors))
+
+
 def _taps(head: Cut) -> Iterator[Cut]:
     """What hands the values that a head reads out of the inside."""
     yield Cut("tap", head.at, head.module)
@@ -114,7 +143,8 @@ def shapes_by_running(
     """
     heads = [Cut("head", point, f"probe_{place}") for place, point in enumerate(points)]
     names = [cut.module for cut in heads]
-    probed = splice_inside(share_copy(base), heads, {name: nn.Identity() for name in names}, failure)
+    modules = {name: nn.Identity() for name in names}
+    probed = splice_inside(_with_own_tensors(share_copy(base)), heads, modules, failure)
     args, kwargs = as_arguments(inputs)
     try:
         with torch.no_grad(), random_state_kept():
@@ -137,15 +167,53 @@ def shapes_by_running(
     return [tuple(value.shape) for value in values]
 
 
+def _with_own_tensors(tree: nn.Module) -> nn.Module:
+    """The tree with clones of its tensors: a forward may change them, in eval mode too."""
+    clones: dict[int, torch.Tensor] = {}
+    for module in tree.modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            stored: Any = (module._parameters, module._buffers, module.__dict__)
+            for held in stored:
+                for name, value in held.items():
+                    if isinstance(value, torch.Tensor):
+                        if id(value) not in clones:
+                            clones[id(value)] = _clone(value)
+                        held[name] = clones[id(value)]
+    return tree
+
+
+def _clone(tensor: torch.Tensor) -> torch.Tensor:
+    whole = isinstance(tensor, nn.Parameter) or nn.parameter.is_lazy(tensor)
+    return copy.deepcopy(tensor) if whole else tensor.detach().clone()
+
+
+def _check_points(base: nn.Module, cut: Cut, paths: Mapping[str, str], failure: TracingError) -> None:
+    """Refuse names that cannot be of a point, without a graph that has the names of all.
+
+    Raises:
+        PointNotFoundError: There is no such module, or nobody calls it.
+        TracingError: There may be such an operation of the root.
+    """
+    for end in cut.points:
+        name, around = split_number(split_items(end)[0])[0], enclosing(end, paths) or [""]
+        operation = name.removeprefix(f"{around[-1]}.")
+        near = near_names(end, paths)
+        if name not in paths and ("." in operation or (around == [""] and near)):
+            raise PointNotFoundError(f"there is no point {end!r} in this network", choices=near)
+        if name not in paths and around == [""]:
+            raise failure
+        kind = base.get_submodule(paths[around[-1]]).__class__
+        if name in paths and getattr(kind, "forward", None) is nn.MultiheadAttention.forward:
+            raise PointNotFoundError(
+                f"{kind.__name__} reads the weights of {end!r} and never calls it: no value comes out of it",
+                example=f"after={around[-1]!r}, what leaves the layer" if around[-1] else None,
+            )
+
+
 def _host(base: nn.Module, cut: Cut, failure: TracingError) -> str:
     """Path of the smallest module in which the cut can be made."""
     paths = module_paths(base)
-    for end in cut.points:
-        if enclosing(end, paths) == [""] and split_number(split_items(end)[0])[0] not in paths:
-            near = near_names(end, paths)
-            if not near:
-                raise failure  # an operation of the root, perhaps: nobody can tell
-            raise PointNotFoundError(f"there is no point {end!r} in this network", choices=near)
+    _check_points(base, cut, paths, failure)
     around = [[paths[name] for name in enclosing(end, paths)] for end in cut.points]
     common = [path for path in around[0] if path and all(path in other for other in around)]
     opaque = [path for path in common if _is_opaque(base.get_submodule(path))]
@@ -169,7 +237,7 @@ def _host(base: nn.Module, cut: Cut, failure: TracingError) -> str:
     if whole:
         return whole  # its forward runs as it is, and what leaves it is reversed
     raise TracingError(
-        f"nothing around {cut.at!s} can be traced: {reason}",
+        f"nothing around {cut.at!s} can be traced: {str(reason).partition(chr(10))[0]}",
         example="after='block', the path of a module: what leaves a module needs no trace",
     ) from reason
 
@@ -190,11 +258,11 @@ def _offers_more(module: nn.Module) -> bool:
 
 
 def _is_opaque(module: nn.Module) -> bool:
-    return isinstance(module, SplicedModule) and module.is_opaque
+    return isinstance(module, SplicedModule) and module.grl_surgery.is_opaque
 
 
 def _is_graph(module: nn.Module) -> bool:
-    return isinstance(module, SplicedModule) and not module.is_opaque
+    return isinstance(module, SplicedModule) and not module.grl_surgery.is_opaque
 
 
 def _module_at(cut: Cut, paths: Mapping[str, str]) -> str | None:
@@ -209,18 +277,18 @@ def _is_output_of(path: str, cut: Cut) -> bool:
 
 
 def _inside(base: nn.Module, path: str) -> tuple[nn.Module, list[Cut], dict[str, nn.Module]]:
-    """A copy of the module at ``path``, the cuts that it has already, and what they spliced in."""
+    """The module at ``path`` as it was, the cuts that it has already, and what they spliced in."""
     host = base.get_submodule(path)
     if not isinstance(host, SplicedModule):
-        return share_copy(host), [], {}
-    tree, held = host.taken_apart()
-    return tree, list(host.cuts), held
+        return host, [], {}
+    tree, held = taken_apart(host)
+    return tree, list(host.grl_surgery.cuts), held
 
 
 def _arguments(base: nn.Module, path: str) -> dict[str, type]:
     """The arguments that an earlier surgery on the module at ``path`` kept."""
     host = base.get_submodule(path)
-    return host.arguments if isinstance(host, SplicedModule) else {}
+    return host.grl_surgery.arguments if isinstance(host, SplicedModule) else {}
 
 
 def _from_inside(cut: Cut, path: str) -> Cut:

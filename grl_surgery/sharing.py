@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import gc
 import types
 import weakref
-from collections import OrderedDict, defaultdict
-from collections.abc import Iterable
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import fx, nn
 
-__all__ = ["share_copy"]
+__all__ = ["COMPILED", "exchange", "share_copy", "way_to"]
+
+COMPILED = "_compiled_call_impl"
+"""Where ``module.compile()`` keeps a call that is bound to the module itself."""
+ORIGINAL = "_grl_original"
+"""Where a spliced module keeps what it was made from."""
 
 
 def share_copy(model: nn.Module, only: Iterable[nn.Module] | None = None) -> nn.Module:
@@ -21,7 +28,8 @@ def share_copy(model: nn.Module, only: Iterable[nn.Module] | None = None) -> nn.
 
     Every module of the copy is a new object of the same class with its own mode flag, hooks, containers and
     attributes, so that nothing done to its structure reaches the original. Parameters and buffers are the
-    same tensors. Scripted modules cannot be taken apart and stay shared.
+    same tensors. What leads to a module of the tree (a container, a function, an object) leads to its copy.
+    Scripted modules cannot be taken apart and stay shared, and no copy is compiled.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3))
@@ -38,17 +46,68 @@ def share_copy(model: nn.Module, only: Iterable[nn.Module] | None = None) -> nn.
     """
     chosen = _whole(model) if only is None else only
     modules = [module for module in chosen if not isinstance(module, torch.jit.ScriptModule)]
-    copies: dict[int, Any] = {id(module): object.__new__(type(module)) for module in modules}
+    twins: dict[int, Any] = {id(module): object.__new__(type(module)) for module in modules}
+    redirection = _Redirection(twins, modules)
     for module in modules:
-        twin = copies[id(module)].__dict__
+        twin = twins[id(module)].__dict__
         for key, value in module.__dict__.items():
             if type(value) in _ATOMS:
                 twin[key] = value
-            elif key in _HOOKS and not value:  # half of a module's attributes, so they are worth the haste
-                twin[key] = OrderedDict()
-            else:
-                twin[key] = _redirect(value, copies)
-    return cast(nn.Module, copies.get(id(model), model))
+            elif key in _HOOKS:  # half of a module's attributes, so they are worth the haste
+                twin[key] = redirection.hooks(value) if value else OrderedDict()
+            elif key != COMPILED:
+                twin[key] = redirection.of(value)
+        if type(module).__basicsize__ > _WITHOUT_SLOTS:
+            for slot, value in _slots(module):
+                slot.__set__(twins[id(module)], redirection.of(value))
+    return cast(nn.Module, twins.get(id(model), model))
+
+
+def exchange(tree: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a module into another one's place, under every name and wherever else the tree refers to it.
+
+    What ``new`` has copied of ``old`` takes the place of what it is a copy of.
+
+    Args:
+        tree: A tree of its own, as :func:`share_copy` makes it; it is changed.
+        old: A module of it.
+        new: What to call instead.
+    """
+    inside = dict(new.named_modules())
+    pairs = [(module, inside.get(path)) for path, module in old.named_modules()]
+    twins = {id(module): twin for module, twin in pairs if twin is not None and twin is not module}
+    redirection = _Redirection(twins)
+    for module in {id(m): m for root in (tree, new) for m in _whole(root) if m is not old}.values():
+        for key, value in list(module.__dict__.items()):
+            if type(value) in _ATOMS or key == ORIGINAL:
+                continue
+            if key in _HOOKS:  # in place: handles know this very dict
+                value.update((number, redirection.hook(hook)) for number, hook in list(value.items()))
+            elif redirection.leads(value):
+                module.__dict__[key] = redirection.of(value)
+        for slot, value in _slots(module):
+            if redirection.leads(value):
+                slot.__set__(module, redirection.of(value))
+
+
+def way_to(tree: nn.Module, wanted: Callable[[nn.Module], bool]) -> str | None:
+    """The attribute, if there is one, through which a tree reaches a module that is none of its own.
+
+    Args:
+        tree: Root of the tree. What its hooks refer to is not looked at.
+        wanted: Whether a module is one of those to look for.
+
+    Returns:
+        The attribute's path, as in ``"backbone.stages"``.
+    """
+    own = {id(module) for module in tree.modules()}
+    seen: dict[int, Any] = {}
+    for path, module in tree.named_modules():
+        held = [(key, value) for key, value in module.__dict__.items() if key not in {*_HOOKS, ORIGINAL}]
+        for key, value in (*held, *((slot.__name__, value) for slot, value in _slots(module))):
+            if any(isinstance(item, nn.Module) and wanted(item) for item in _reached(value, own, seen)):
+                return f"{path}.{key}" if path else key
+    return None
 
 
 def _whole(model: nn.Module) -> list[nn.Module]:
@@ -60,52 +119,274 @@ def _whole(model: nn.Module) -> list[nn.Module]:
         if module is not None and id(module) not in found:
             found[id(module)] = module
             rest += module._modules.values()
-            rest.append(module.__dict__.get("_original"))
+            rest.append(module.__dict__.get(ORIGINAL))
     return list(found.values())
 
 
+ORIGINAL = "_grl_original"  # where a spliced module keeps what it was made from
+_WITHOUT_SLOTS = nn.Module.__basicsize__
 _HOOKS = frozenset(key for key, value in nn.Module().__dict__.items() if "hooks" in key and value == {})
 
 
-def _redirect(value: Any, copies: dict[int, Any]) -> Any:
-    """``value`` with its containers copied, each once, and every module in it replaced by its twin."""
+# ------------------------------------------------------------------------------- what leads to a module
+
+
+def _held(value: Any) -> Iterable[Any]:
+    """What a value refers to: a function not to the globals of its file, a weak reference to its target."""
     kind = type(value)
-    if id(value) in copies:
-        return copies[id(value)]
-    if kind in _DICTS:
-        copied = copies[id(value)] = value.copy()
-        for key, item in value.items():
-            if type(item) not in _ATOMS:
-                copied[key] = _redirect(item, copies)
-        return copied
-    if kind is list:
-        copied = copies[id(value)] = []
-        copied.extend(item if type(item) in _ATOMS else _redirect(item, copies) for item in value)
-        return copied
-    if kind is tuple:
+    if kind is types.FunctionType:
+        return value.__closure__ or (), value.__defaults__, value.__kwdefaults__, value.__dict__
+    if kind in _WEAK:
+        return (_target(value),)
+    return gc.get_referents(value)
+
+
+def _target(weak: Any) -> Any:
+    """What a weak reference refers to: of a method, its object."""
+    with contextlib.suppress(ReferenceError, AttributeError):  # there is nothing left
+        target = weak.__repr__ if type(weak) in weakref.ProxyTypes else weak()
+        return target if type(weak) is weakref.ref else target.__self__
+    return None
+
+
+def _reached(value: Any, own: Collection[int], seen: dict[int, Any]) -> Iterator[Any]:
+    """Everything, once, that can be reached from a value without going through a module of one's own."""
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        is_end = type(item) in _ATOMS or id(item) in own or id(item) in seen
+        if not is_end and not issubclass(type(item), _LEAVES):
+            seen[id(item)] = item
+            yield item
+            waiting += _held(item)
+
+
+def _slots(value: Any) -> Iterator[tuple[Any, Any]]:
+    """The attributes that live outside of ``__dict__``: what sets each, and its value."""
+    for kind in type(value).__mro__:
+        if "__slots__" in kind.__dict__:
+            for slot in kind.__dict__.values():
+                if type(slot) is types.MemberDescriptorType:
+                    with contextlib.suppress(AttributeError):  # it was never set
+                        yield slot, slot.__get__(value)
+
+
+class _Redirection:
+    """Makes values anew that lead to modules, so that they lead to the modules' twins instead.
+
+    Args:
+        twins: From the id of each module to what stands in its place.
+        modules: Those of them whose hooks are copied as well, so that handles lead to the copies.
+    """
+
+    def __init__(self, twins: Mapping[int, Any], modules: Iterable[nn.Module] = ()) -> None:
+        self.twins = twins
+        self.made: dict[int, Any] = dict(twins)
+        self.modules = modules
+        self.known: dict[int, bool] = {}
+        self.alive: list[Any] = []  # what is known by its id
+
+    @functools.cached_property
+    def owned(self) -> set[int]:
+        """The dicts of hooks that are copied."""
+        return {id(module.__dict__[key]) for module in self.modules for key in _HOOKS if module.__dict__[key]}
+
+    def leads(self, value: Any) -> bool:
+        """Whether a value is one of the modules or refers to one, over however many others."""
+        if id(value) in self.twins:
+            return True
+        if id(value) not in self.known:
+            self.explore(value)
+        return self.known[id(value)]
+
+    def explore(self, value: Any) -> None:
+        """Find out for a value, and for everything that it refers to, whether it leads to a module."""
+        users: dict[int, list[int]] = {}
+        leading: list[int] = []
+        seen: dict[int, Any] = {id(value): value}
+        waiting = [] if issubclass(type(value), _ENDS) else [value]
+        while waiting:
+            item = waiting.pop()
+            for part in _held(item):
+                if type(part) in _ATOMS:
+                    continue
+                users.setdefault(id(part), []).append(id(item))
+                if self.is_target(part, item) or self.known.get(id(part)):
+                    leading.append(id(part))
+                elif id(part) not in seen and id(part) not in self.known and type(item) not in _WEAK:
+                    seen[id(part)] = part
+                    if not issubclass(type(part), _ENDS):
+                        waiting.append(part)
+        self.known.update(dict.fromkeys(seen, False))
+        while leading:
+            for user in users.get(leading.pop(), ()):
+                if not self.known[user]:
+                    self.known[user] = True
+                    leading.append(user)
+        self.alive.append(seen)
+
+    def is_target(self, part: Any, user: Any) -> bool:
+        """Whether it is one of the modules, or the hooks of one that a handle knows."""
+        if id(part) in self.twins:
+            return True
+        return type(user) is weakref.ref and type(part) is OrderedDict and id(part) in self.owned
+
+    # -- the same value, leading to the twins
+
+    def of(self, value: Any) -> Any:
+        """``value`` with its containers copied, each once, and every module in it replaced by its twin.
+
+        What is no plain container is made anew only where it leads to one of the modules; where it cannot be
+        made anew, it stays as it is.
+        """
+        kind = type(value)
+        if id(value) in self.made:
+            return self.made[id(value)]
+        if kind in _DICTS:
+            return self.mapping(value)
+        if kind in _ATOMS:
+            return value
+        if kind is list:
+            copied = self.made[id(value)] = []
+            copied.extend(item if type(item) in _ATOMS else self.of(item) for item in value)
+            return copied
+        if kind is tuple:
+            plain = _ATOMS.issuperset(map(type, value))
+            return value if plain else tuple([self.of(item) for item in value])
+        if kind is set:
+            plain = _ATOMS.issuperset(map(type, value))
+            return self.made.setdefault(id(value), value.copy() if plain else set(map(self.of, value)))
+        return self.anew(value) if self.leads(value) else value
+
+    def mapping(self, value: Any) -> Any:
+        """A copied dict; its keys may be modules as well."""
+        copied = self.made[id(value)] = value.copy()
+        if not value:
+            return copied
         plain = _ATOMS.issuperset(map(type, value))
-        return value if plain else tuple([_redirect(item, copies) for item in value])
-    if kind is set:
-        return copies.setdefault(id(value), value.copy())
-    if kind is types.MethodType and id(value.__self__) in copies:
-        return types.MethodType(value.__func__, copies[id(value.__self__)])
-    if kind is functools.partial:
-        args = [_redirect(item, copies) for item in value.args]
-        return functools.partial(_redirect(value.func, copies), *args, **_redirect(value.keywords, copies))
-    if getattr(value, "with_module", None) is True:
-        return _redirect_hook(value, copies)
-    return value
+        if not plain:
+            copied.clear()
+        for key, item in value.items():
+            if not plain or type(item) not in _ATOMS:
+                copied[key if plain else self.of(key)] = self.of(item)
+        return copied
 
+    def anew(self, value: Any) -> Any:
+        """What leads to a module and is no plain container."""
+        kind = type(value)
+        if kind is types.FunctionType:
+            return self.function(value, self.leads, self.of)
+        if kind is types.MethodType:
+            return self.method(value)
+        if kind is functools.partial:
+            return self.partial(value, self.of)
+        if kind in _WEAK:
+            return self.weak(value)
+        if kind in (types.BuiltinMethodType, types.MethodWrapperType):
+            return getattr(self.of(value.__self__), value.__name__)
+        return self.object(value)
 
-def _redirect_hook(hook: Any, copies: dict[int, Any]) -> Any:
-    """torch keeps some hooks in an object with a weak reference to their module."""
-    module = hook.module()
-    twin = copy.copy(hook)
-    twin.module = weakref.ref(copies.get(id(module), module))
-    return twin
+    def function(self, value: Any, leads: Callable[[Any], bool], of: Callable[[Any], Any]) -> Any:
+        """The same code with cells and defaults of its own, where these lead to a module."""
+        cells: dict[int, Any] = {id(c): c for c in value.__closure__ or () if leads(c)}
+        new = {key: self.made.setdefault(key, types.CellType()) for key in cells}
+        closure = tuple(new.get(id(cell), cell) for cell in value.__closure__ or ()) or None
+        twin: Any = types.FunctionType(value.__code__, value.__globals__, value.__name__, None, closure)
+        self.made[id(value)] = twin
+        for name in functools.WRAPPER_ASSIGNMENTS:
+            setattr(twin, name, getattr(value, name))
+        for key, cell in cells.items():
+            new[key].cell_contents = of(cell.cell_contents)
+        twin.__defaults__, twin.__kwdefaults__ = of(value.__defaults__), of(value.__kwdefaults__)
+        twin.__dict__.update((key, of(item)) for key, item in value.__dict__.items())
+        return twin
+
+    def method(self, value: Any) -> Any:
+        """The method of what stands in its object's place, which may be of another class."""
+        owner = self.of(value.__self__)
+        if type(owner) is type(value.__self__):
+            return types.MethodType(self.of(value.__func__), owner)
+        is_its_own = getattr(type(value.__self__), value.__name__, None) is value.__func__
+        return getattr(owner, value.__name__, value) if is_its_own else value
+
+    def partial(self, value: Any, of: Callable[[Any], Any]) -> Any:
+        """A partial call of what stands in the function's place."""
+        keywords = {name: of(item) for name, item in value.keywords.items()}
+        twin = functools.partial(of(value.func), *map(of, value.args), **keywords)
+        twin.__dict__.update((key, of(item)) for key, item in value.__dict__.items())
+        return twin
+
+    def weak(self, value: Any) -> Any:
+        """A weak reference to a module, to a method of one, or to the hooks of one."""
+        target = _target(value)
+        if type(value) in weakref.ProxyTypes:
+            return weakref.proxy(self.of(target))
+        if type(value) is weakref.WeakMethod:
+            return weakref.WeakMethod(self.method(value()))
+        new = self.hooks(target) if id(target) in self.owned else self.of(target)
+        return weakref.ref(new, value.__callback__)
+
+    def object(self, value: Any) -> Any:
+        """An object of the same class, made without its ``__init__``, with its content redirected."""
+        kind: Any = type(value)
+        base: Any = next(base for base in kind.__mro__ if base in _CAN_BE_MADE)
+        is_fixed = base in (tuple, frozenset)
+        try:
+            twin = base.__new__(kind, *([map(self.of, base.__iter__(value))] if is_fixed else ()))
+        except TypeError:  # its content is held in C
+            return value
+        self.made[id(value)] = twin
+        if issubclass(base, dict):
+            for key, item in base.items(value):
+                base.__setitem__(twin, self.of(key), self.of(item))
+        elif base in (list, set, deque):
+            more = (value.maxlen,) if base is deque else ()
+            base.__init__(twin, map(self.of, base.__iter__(value)), *more)
+        if isinstance(value, defaultdict):
+            twin.default_factory = self.of(value.default_factory)
+        if type(held := getattr(value, "__dict__", None)) is dict:
+            twin.__dict__.update((key, self.of(item)) for key, item in held.items())
+        for slot, item in _slots(value):
+            slot.__set__(twin, self.of(item))
+        return twin
+
+    # -- hooks
+
+    def hooks(self, hooks: Any) -> Any:
+        """A module's hooks, copied."""
+        if id(hooks) not in self.made:
+            self.made[id(hooks)] = OrderedDict((number, self.hook(hook)) for number, hook in hooks.items())
+        return self.made[id(hooks)]
+
+    def hook(self, hook: Any) -> Any:
+        """A hook that knows a module knows its twin; what else it refers to stays the user's."""
+        kind = type(hook)
+        if id(hook) in self.twins:
+            return self.twins[id(hook)]
+        if kind is types.MethodType and id(hook.__self__) in self.twins:
+            return self.method(hook)
+        if kind is types.FunctionType and any(map(self.holds, hook.__closure__ or ())):
+            return self.function(hook, self.holds, self.hook)
+        if kind is functools.partial:
+            return self.partial(hook, self.hook)
+        if getattr(hook, "with_module", None) is True:  # torch keeps some behind a weak reference
+            twin = copy.copy(hook)
+            twin.module = weakref.ref(self.twins.get(id(hook.module()), hook.module()))
+            return twin
+        return hook
+
+    def holds(self, cell: Any) -> bool:
+        """Whether a cell of a function holds one of the modules itself."""
+        return any(id(item) in self.twins for item in gc.get_referents(cell))
 
 
 _DICTS = frozenset({dict, OrderedDict, defaultdict})
+_CAN_BE_MADE = frozenset({*_DICTS, list, set, deque, tuple, frozenset, types.SimpleNamespace, object})
 _ATOMS = frozenset(
     {bool, int, float, str, type(None), torch.Size, torch.Tensor, nn.Parameter, torch.dtype, torch.device}
 )
+# It is followed to a module and no further: nothing else would keep a copy alive.
+_WEAK = frozenset({weakref.ref, weakref.WeakMethod, *weakref.ProxyTypes})
+# What refers to no module of a tree, or not in order to call it.
+_LEAVES = (torch.Tensor, type, types.ModuleType, fx.Graph, fx.Node)
+_ENDS = (*_LEAVES, nn.Module)

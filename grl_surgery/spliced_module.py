@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import itertools
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -13,13 +16,15 @@ from torch import fx, nn
 from torch.fx.node import map_arg
 
 from grl_surgery.errors import TracingError
+from grl_surgery.forward_text import spell_keywords
 from grl_surgery.points import Edge, escape
 from grl_surgery.reversal import GradientReversal
-from grl_surgery.sharing import share_copy
+from grl_surgery.sharing import COMPILED, ORIGINAL, share_copy
+from grl_surgery.trace_copy import overrides_call
 from grl_surgery.tracer import KINDS, check_fixed, check_kind
 from grl_surgery.tracing import Flags, Trace
 
-__all__ = ["Cut", "SplicedModule", "free_name"]
+__all__ = ["Cut", "SplicedModule", "Surgery", "free_name", "refuse_as_graph", "taken_apart"]
 
 
 @dataclass(frozen=True)
@@ -73,9 +78,44 @@ class Cut:
 
 
 def free_name(name: str, taken: Container[str], model: nn.Module) -> str:
-    """``name``, or ``name_2`` and so on where that is taken or an attribute of the model."""
+    """``name``, or ``name_2`` and so on where that is taken, or the model or any result has it already."""
     candidates = itertools.chain([name], (f"{name}_{count}" for count in itertools.count(2)))
-    return next(free for free in candidates if free not in taken and not hasattr(model, free))
+    return next(
+        free for free in candidates if free not in taken and free not in _TAKEN and not hasattr(model, free)
+    )
+
+
+@dataclass(frozen=True)
+class Surgery:
+    """What was done to a network.
+
+    Args:
+        cuts: What was spliced in, in order.
+        traced: The graphs, edited; of the constants only the names.
+    """
+
+    cuts: tuple[Cut, ...]
+    traced: Trace
+
+    @property
+    def is_opaque(self) -> bool:
+        """Whether the graph is one call of the original's own forward."""
+        return "" not in self.traced.opened
+
+    @property
+    def names(self) -> list[str]:
+        """Attributes under which the reversals and heads live."""
+        return [cut.module for cut in self.cuts if cut.kind != "tap"]
+
+    @property
+    def arguments(self) -> dict[str, type]:
+        """The classes of those arguments of forward that stayed arguments though they may have a default."""
+        kept: dict[str, type] = {}
+        for node in next(iter(self.traced.graphs.values())).nodes:
+            if node.op == "placeholder" and all(user.target is not check_fixed for user in node.users):
+                kinds = (KINDS[user.args[2]] for user in node.users if user.target is check_kind)
+                kept[str(node.target).lstrip("*")] = next(kinds, torch.Tensor)
+        return kept
 
 
 class SplicedModule(fx.GraphModule):
@@ -83,7 +123,8 @@ class SplicedModule(fx.GraphModule):
 
     The forward is generated code; everything that it calls is the original's: same classes, same names, same
     parameters. The original's own tree is kept (without its tensors being copied), so that ``train()`` does
-    what the original's ``train()`` does and surgery can be undone.
+    what the original's ``train()`` does and surgery can be undone. Attributes of our own begin with ``grl_``,
+    to stay out of the way of the network's.
 
     Args:
         original: The network that the graphs were traced from; it becomes part of the result.
@@ -92,67 +133,68 @@ class SplicedModule(fx.GraphModule):
         modules: The spliced modules by name.
     """
 
-    _graphs: dict[Flags, fx.Graph]
-    _original: nn.Module
-    cuts: tuple[Cut, ...]
+    grl_surgery: Surgery
 
     def __init__(
         self, original: nn.Module, traced: Trace, cuts: Sequence[Cut], modules: Mapping[str, nn.Module]
     ) -> None:
         super().__init__(nn.Module(), fx.Graph(), class_name=type(original).__name__)
-        self.__dict__["_original"] = original
+        self.__dict__[ORIGINAL] = original
         if "" in traced.opened:
-            own = {*self.__dict__, "training"} - set(_SHARED)
-            self.__dict__.update((key, value) for key, value in original.__dict__.items() if key not in own)
+            self.__dict__.update(
+                (key, original.__dict__[key]) for key in (*_SHARED, *_plain_attributes(original))
+            )
         else:  # the original's forward runs, and must not meet the spliced modules among its children
             self.__dict__.update((key, original.__dict__[key]) for key in _SHARED)
             self.__dict__["_modules"] = dict(original._modules)
+            if overrides_call(original):  # which runs them itself
+                self.__dict__.update((key, OrderedDict()) for key in _AROUND_FORWARD)
         self.training = original.training
         for name, module in modules.items():
             self.add_module(name, module)
         for name, tensor in traced.constants.items():
             self.register_buffer(name, tensor, persistent=False)
-        self.cuts = tuple(cuts)
-        self._traced = replace(traced, constants=dict.fromkeys(traced.constants, torch.empty(0)))
-        self._graphs = traced.graphs
+        for graph in traced.graphs.values():
+            spell_keywords(graph)
+        names_only = replace(traced, constants=dict.fromkeys(traced.constants, torch.empty(0)))
+        self.__dict__["grl_surgery"] = Surgery(tuple(cuts), names_only)
         self._graph = next(iter(traced.graphs.values()))
+        _offer_container(type(self), type(original))
         self.recompile()
 
     # -- modes
 
     def train(self, mode: bool = True) -> SplicedModule:
         """Set the mode of every module as the original's own ``train`` does."""
-        self._original.train(mode)
-        self.training = self._original.training
-        if self.is_opaque:
-            for module in self._spliced().values():
+        self.grl_original.train(mode)
+        self.training = self.grl_original.training
+        if self.grl_surgery.is_opaque:
+            for module in _spliced(self).values():
                 module.train(mode)
         return self
 
-    # -- where the original's own forward runs
+    # -- the original
 
     @property
-    def is_opaque(self) -> bool:
-        """Whether the graph is one call of the original's own forward."""
-        return "" not in self._traced.opened
+    def grl_original(self) -> nn.Module:
+        """The network that the graphs were traced from; where it is not opaque, with what was spliced in."""
+        original: nn.Module = self.__dict__[ORIGINAL]
+        return original
 
     @property
-    def whole(self) -> nn.Module:
+    def grl_whole(self) -> nn.Module:
         """The original, for a graph that calls it: with this network's mode and children."""
-        original: nn.Module = self.__dict__["_original"]
-        original.training = self.training
-        spliced = self._spliced()
-        children = {name: module for name, module in self._modules.items() if name not in spliced}
-        if original._modules != children and not isinstance(original, torch.jit.ScriptModule):
-            original._modules.clear()
-            original._modules.update(children)
+        original = self.grl_original
+        if self.grl_surgery.is_opaque:  # torch.jit.trace reads every property of any network
+            original.training = self.training
+            _set_children(original, _children(self))
         return original
 
     @property
     def __class__(self) -> type:
         """What ``isinstance`` is told: a forward may ask for the class of a child that runs as it was."""
-        traced, original = self.__dict__.get("_traced"), self.__dict__.get("_original")
-        if traced is None or "" in traced.opened or isinstance(original, torch.jit.ScriptModule):
+        surgery, original = self.__dict__.get("grl_surgery"), self.__dict__.get(ORIGINAL)
+        if surgery is None or not surgery.is_opaque or isinstance(original, torch.jit.ScriptModule):
             return type(self)
         return type(original)
 
@@ -165,70 +207,76 @@ class SplicedModule(fx.GraphModule):
             kind = type(kind.__name__, bases, {k: v for k, v in kind.__dict__.items() if k not in _PER_CLASS})
         object.__dict__["__class__"].__set__(self, kind)
 
-    def _spliced(self) -> dict[str, nn.Module]:
-        """What was spliced in, by name."""
-        names = (cut.module for cut in self.cuts if cut.kind != "tap")
-        return {name: self._modules[name] for name in names}  # type: ignore[misc]
-
     def __getattr__(self, name: str) -> Any:
         """Attributes and methods of an original whose own forward runs are the original's."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            traced = self.__dict__.get("_traced")
-            if traced is None or "" in traced.opened or name.startswith("__") or name in _OF_THE_GRAPH:
+            surgery = self.__dict__.get("grl_surgery")
+            if surgery is None or not surgery.is_opaque or name.startswith("__") or name in _OF_THE_GRAPH:
                 raise
-            return getattr(self.__dict__["_original"], name)
+            return getattr(self.__dict__[ORIGINAL], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        traced = self.__dict__.get("_traced")
-        if traced is not None and "" not in traced.opened and name in self._original.__dict__.keys() - _OWN:
-            setattr(self._original, name, value)
-        else:
+        """What is the original's stays one and the same there and here."""
+        surgery = self.__dict__.get("grl_surgery")
+        if surgery is None or name in _NAMES or name in self._modules or not hasattr(self.grl_original, name):
             super().__setattr__(name, value)
+            return
+        setattr(self.grl_original, name, value)
+        if not surgery.is_opaque:
+            super().__setattr__(name, value)
+
+    # -- checkpoints: as the original reads and writes them
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The original's state, and that of the heads."""
+        with _complete(self) as network:
+            return network.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Take over what :meth:`state_dict` gave, of this network or of the original."""
+        with _complete(self) as network:
+            return network.load_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Called where this network is a part of the one that is loaded."""
+        with _complete(self) as network:
+            network._load_from_state_dict(*args, **kwargs)
+
+    # -- graphs
 
     @property
     def graph(self) -> fx.Graph:
         """The graph that runs in the present mode."""
-        graphs = self.__dict__.get("_graphs", {})
-        return graphs.get(self._flags(), self._graph) if graphs else self._graph
+        surgery = self.__dict__.get("grl_surgery")
+        return surgery.traced.graphs.get(_flags(self), self._graph) if surgery else self._graph
 
     @graph.setter
     def graph(self, graph: fx.Graph) -> None:
         self._graph = graph
         graph.owning_module = self
-        if "_graphs" in self.__dict__:  # GraphModule.__init__ comes before there is anything to write
-            self._graphs[self._flags()] = graph
+        surgery = self.__dict__.get("grl_surgery")
+        if surgery is not None:  # GraphModule.__init__ comes before there is anything to write
+            traced = replace(surgery.traced, graphs={**surgery.traced.graphs, _flags(self): graph})
+            self.__dict__["grl_surgery"] = replace(surgery, traced=traced)
             self.recompile()
-
-    @property
-    def arguments(self) -> dict[str, type]:
-        """The classes of those arguments of forward that stayed arguments though they may have a default."""
-        kept: dict[str, type] = {}
-        for node in next(iter(self._graphs.values())).nodes:
-            if node.op == "placeholder" and all(user.target is not check_fixed for user in node.users):
-                kinds = (KINDS[user.args[2]] for user in node.users if user.target is check_kind)
-                kept[str(node.target).lstrip("*")] = next(kinds, torch.Tensor)
-        return kept
-
-    def _flags(self) -> Flags:
-        """The flags that decide which graph runs."""
-        return tuple(self.get_submodule(path).training for path in self._traced.steering)
 
     def recompile(self) -> Any:
         """Write the forward from the graph; with more than one, write each and choose by the mode."""
         self._graph = self.graph
         code = super().recompile()
-        if not self._traced.steering:
+        traced = self.grl_surgery.traced
+        if not traced.steering:
             return code
         current, kind = self._graph, type(self)
         variants = {}
-        for flags, graph in self._graphs.items():
+        for flags, graph in traced.graphs.items():
             self._graph = graph
             super().recompile()
             variants[flags] = kind.forward
         self._graph = current
-        kind._variants = variants  # type: ignore[attr-defined]
+        kind.grl_variants = variants  # type: ignore[attr-defined]
         kind.forward = _forward_by_mode
         return code
 
@@ -236,17 +284,22 @@ class SplicedModule(fx.GraphModule):
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """What DistributedDataParallel need not broadcast: coefficients, which every process sets itself."""
         layers = (path for path, module in self.named_modules() if isinstance(module, GradientReversal))
-        return [f"{path}.coeff" for path in layers]
+        return [*self.grl_original.__dict__.get(_IGNORED, ()), *(f"{path}.coeff" for path in layers)]
+
+    @_ddp_params_and_buffers_to_ignore.setter
+    def _ddp_params_and_buffers_to_ignore(self, names: list[str]) -> None:
+        self.grl_original.__dict__[_IGNORED] = names
 
     # -- copies
 
     def __reduce__(self) -> tuple[Any, ...]:
-        graphs = {flags: pack(graph) for flags, graph in self._graphs.items()}
-        traced = replace(self._traced, graphs={})
+        surgery = self.grl_surgery
+        graphs = {flags: pack(graph) for flags, graph in surgery.traced.graphs.items()}
+        traced = replace(surgery.traced, graphs={})
         attributes = {key: value for key, value in self.__dict__.items() if key not in _REBUILT}
-        if self.is_opaque:
-            return _rebuild, (self.whole, traced, graphs, self.cuts, attributes, self._spliced())
-        return _rebuild, (self._original, traced, graphs, self.cuts, attributes, {})
+        if surgery.is_opaque:
+            return _rebuild, (self.grl_whole, traced, graphs, surgery.cuts, attributes, _spliced(self))
+        return _rebuild, (self.grl_original, traced, graphs, surgery.cuts, attributes, {})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SplicedModule:
         twin = _rebuild(*copy.deepcopy(self.__reduce__()[1], memo))
@@ -255,40 +308,140 @@ class SplicedModule(fx.GraphModule):
 
     def __copy__(self) -> SplicedModule:
         _, (original, traced, graphs, cuts, attributes, modules) = self.__reduce__()
-        if self.is_opaque:
-            original, modules = self.taken_apart()
+        if self.grl_surgery.is_opaque:
+            original, modules = taken_apart(self)
         return _rebuild(share_copy(original), traced, graphs, cuts, attributes, modules)
 
-    def taken_apart(self) -> tuple[nn.Module, dict[str, nn.Module]]:
-        """The original's tree over the same tensors, and what was spliced in, by name: copies of both."""
-        if self.is_opaque:
-            twin: Any = share_copy(self)
-            return twin.whole, twin._spliced()
-        tree = share_copy(self._original)
-        for name in self._traced.constants:
-            del tree._buffers[name]
-            tree._non_persistent_buffers_set.discard(name)
-        modules = {cut.module: tree._modules.pop(cut.module) for cut in self.cuts if cut.kind != "tap"}
-        tree.training = self.training
-        return tree, modules  # type: ignore[return-value]
+
+def taken_apart(network: SplicedModule) -> tuple[nn.Module, dict[str, nn.Module]]:
+    """The original's tree over the same tensors, and what was spliced in, by name: copies of both."""
+    if network.grl_surgery.is_opaque:
+        twin: Any = share_copy(network)
+        return twin.grl_whole, _spliced(twin)
+    tree = share_copy(network.grl_original)
+    for name in network.grl_surgery.traced.constants:
+        del tree._buffers[name]
+        tree._non_persistent_buffers_set.discard(name)
+    modules = {name: tree._modules.pop(name) for name in network.grl_surgery.names}
+    tree.training = network.training
+    return tree, modules  # type: ignore[return-value]
 
 
-# The containers that the result and the original's tree hold in common.
-_SHARED = (
-    "_parameters",
-    "_buffers",
-    "_modules",
-    "_non_persistent_buffers_set",
-    *(key for key in nn.Module().__dict__ if key.endswith(("_hooks", "_with_kwargs", "_always_called"))),
-)
-# What GraphModule looks up on itself, and what is kept here although the original has it as well.
-_OF_THE_GRAPH = frozenset({"_graphs", "_traced", "_original", "cuts", "whole", "_graph", "_code"})
-_OWN = frozenset({*_SHARED, "_modules", "training"})
+def _spliced(network: SplicedModule) -> dict[str, nn.Module]:
+    """What was spliced in, by name."""
+    return {name: network._modules[name] for name in network.grl_surgery.names}  # type: ignore[misc]
+
+
+def _children(network: SplicedModule) -> dict[str, nn.Module | None]:
+    """The original's children."""
+    spliced = network.grl_surgery.names
+    return {name: module for name, module in network._modules.items() if name not in spliced}
+
+
+def _set_children(original: nn.Module, children: Mapping[str, nn.Module | None]) -> None:
+    if original._modules != children and not isinstance(original, torch.jit.ScriptModule):
+        original._modules.clear()
+        original._modules.update(children)
+
+
+@contextlib.contextmanager
+def _complete(network: SplicedModule) -> Iterator[nn.Module]:
+    """The original with what was spliced in among its children; what it sets on itself is set here too."""
+    original = network.grl_original
+    if isinstance(original, torch.jit.ScriptModule):
+        yield super(SplicedModule, network)  # type: ignore[misc]
+    elif network.grl_surgery.is_opaque:
+        _set_children(original, network._modules)
+        try:
+            yield original
+        finally:
+            _set_children(original, _children(network))
+    else:
+        yield original
+        network.__dict__.update((key, original.__dict__[key]) for key in _plain_attributes(original))
+
+
+def _flags(network: SplicedModule) -> Flags:
+    """The flags that decide which graph runs."""
+    return tuple(network.get_submodule(path).training for path in network.grl_surgery.traced.steering)
+
+
+# ------------------------------------------------------------------------- what a result has of its original
+
+
+def _offer_container(kind: type, original: type) -> None:
+    """Let the class of one result be indexed and iterated over as its original's class is."""
+    if not issubclass(original, torch.jit.ScriptModule):  # which has them all, to refuse most
+        for name in _CONTAINER:
+            if hasattr(original, name):
+                setattr(kind, name, _on_the_original(getattr(original, name)))
+
+
+def _on_the_original(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def called(self: SplicedModule, *args: Any) -> Any:
+        return method(_without_spliced(self), *args)
+
+    return called
+
+
+def _without_spliced(network: SplicedModule) -> nn.Module:
+    """The original with its own children only."""
+    if network.grl_surgery.is_opaque:
+        return network.grl_whole
+    original = network.grl_original
+    plain: nn.Module = object.__new__(type(original))
+    plain.__dict__.update(original.__dict__, _modules=_children(network))
+    return plain
+
+
+def refuse_as_graph(model: nn.Module) -> None:
+    """Refuse a network that would lose something of its own if a graph took its place.
+
+    Raises:
+        TracingError: An attribute has a name that torch.fx or we need, or the class overrides ``__call__``.
+    """
+    held = (_plain_attributes(model), model._parameters, model._buffers, model._modules)
+    taken = [name for names in held for name in names if name in _TAKEN and not _is_meta(model, name)]
+    if taken:
+        reason = f"its attribute {taken[0]!r} would hide what a torch.fx.GraphModule has under that name"
+    elif overrides_call(model):
+        reason = "its class overrides __call__, which a graph would lose"
+    else:
+        return
+    raise TracingError(
+        f"a graph cannot take the place of {type(model).__name__}: {reason}",
+        example="after='block', the path of a module in it: what lies inside needs no graph of the whole",
+    )
+
+
+def _is_meta(model: nn.Module, name: str) -> bool:
+    """Whether it is a dictionary under the name under which a GraphModule keeps one for its user."""
+    return name == "meta" and type(model.__dict__.get(name)) is dict
+
+
+def _plain_attributes(model: nn.Module) -> set[str]:
+    """Names of what a network keeps for itself beside modules and tensors."""
+    return model.__dict__.keys() - (_OF_GRAPH_MODULES if isinstance(model, fx.GraphModule) else _OF_MODULES)
+
+
+_EMPTY = fx.GraphModule(nn.Module(), fx.Graph())
+_OF_MODULES = frozenset(nn.Module().__dict__)
+_OF_GRAPH_MODULES = frozenset({*_EMPTY.__dict__, "_in_spec", "_out_spec"}) - {"meta"}
+_IGNORED = "_ddp_params_and_buffers_to_ignore"
+# Every name that a result has for itself, and those that other modules have not.
+_NAMES = frozenset({*dir(_EMPTY), *dir(SplicedModule), ORIGINAL, "grl_surgery", "grl_variants"})
+_TAKEN = _NAMES - {*dir(nn.Module()), _IGNORED}
+_CONTAINER = ("__getitem__", "__len__", "__iter__", "__contains__", "__bool__")
+# What the result and the original's tree hold in common, and those of the hooks that run around a forward.
+_HOOKS = tuple(key for key in nn.Module().__dict__ if "hook" in key)
+_SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", *_HOOKS)
+_AROUND_FORWARD = tuple(key for key in _HOOKS if "ward" in key and nn.Module().__dict__[key] == {})
+# What GraphModule looks up on itself.
+_OF_THE_GRAPH = frozenset({"grl_surgery", "grl_whole", "grl_original", ORIGINAL, "_graph", "_code"})
 _PER_CLASS = frozenset({"__dict__", "__weakref__"})
 # What a copy makes anew.
-_REBUILT = frozenset(
-    {*_SHARED, *fx.GraphModule(nn.Module(), fx.Graph()).__dict__, "_original", "_graphs", "_traced", "cuts"}
-) - {"training", "meta"}
+_REBUILT = frozenset({*_SHARED, *_EMPTY.__dict__, COMPILED, ORIGINAL, "grl_surgery"}) - {"training", "meta"}
 
 
 def _rebuild(
@@ -309,11 +462,11 @@ def _rebuild(
 
 def _forward_by_mode(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Forward of a network that computes something else in another mode."""
-    flags = self._flags()
-    forward: Callable[..., Any] | None = self._variants.get(flags)
+    flags = _flags(self)
+    forward: Callable[..., Any] | None = self.grl_variants.get(flags)
     if forward is not None:
         return forward(self, *args, **kwargs)
-    traced: Trace = self._traced
+    traced: Trace = self.grl_surgery.traced
     modes = (
         f"{path or 'the root'}.training={flag}" for path, flag in zip(traced.steering, flags, strict=True)
     )

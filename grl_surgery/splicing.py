@@ -12,15 +12,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from grl_surgery.arguments import check_names, check_network
 from grl_surgery.cutting import apply_cuts
 from grl_surgery.errors import SurgeryError, TracingError
+from grl_surgery.loaded_program import check_no_program
 from grl_surgery.loading.inputs import as_arguments
 from grl_surgery.points import Edge, ancestors, near_names
 from grl_surgery.reversal import GradientReversal
 from grl_surgery.scoped import splice_inside
 from grl_surgery.selection import Selector, select_edges, select_points
-from grl_surgery.sharing import share_copy
-from grl_surgery.spliced_module import Cut, SplicedModule, free_name
+from grl_surgery.sharing import COMPILED, exchange, share_copy
+from grl_surgery.spliced_module import Cut, SplicedModule, free_name, taken_apart
 
 __all__ = ["head_names", "insert_grl", "reversals", "strip"]
 
@@ -73,6 +75,7 @@ def insert_grl(
     keyword, selector = _only_one(after=after, before=before, edge=edge)
     layer = GradientReversal(coeff)
     check_model(model, "insert_grl")
+    check_no_program(model, "insert_grl")
     base, cuts, modules = patient(model)
     if keyword == "edge":
         places: Sequence[str | Edge] = select_edges(base, selector)
@@ -102,11 +105,7 @@ def check_model(model: Any, verb: str) -> None:
     Raises:
         SurgeryError: With what to pass instead.
     """
-    if not isinstance(model, nn.Module):
-        raise SurgeryError(
-            f"{verb} works on an nn.Module; got {type(model).__name__}: {str(model)[:60]!r}",
-            example=f"{verb}(timm.create_model('resnet18'), ...)",
-        )
+    check_network(model, verb)
     inner = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
     kind = type(model).__name__
     if kind in inner:
@@ -116,16 +115,27 @@ def check_model(model: Any, verb: str) -> None:
         )
     if isinstance(model, torch.jit.ScriptModule):
         raise SurgeryError(f"{verb} cannot cut a scripted network: pass the nn.Module that it was made from")
+    compiled = [path or "the root" for path, m in model.named_modules() if m.__dict__.get(COMPILED)]
+    if compiled and verb in _CUTS:
+        raise SurgeryError(
+            f"part of this network is compiled in place, which would go on running the old graph: "
+            f"{', '.join(compiled[:3])}{' ...' if compiled[3:] else ''}; splice first, compile afterwards",
+            example=f"m = {verb}(model, ...), with a model that is not compiled; then m.compile()",
+        )
+
+
+_CUTS = frozenset({"insert_grl", "attach_domain_head", "adopt"})
+"""The verbs that give a network another graph; the others only read it, or take something out."""
 
 
 def patient(model: nn.Module) -> tuple[nn.Module, list[Cut], dict[str, nn.Module]]:
     """A tree to operate on, over the same tensors, and what was spliced into it before."""
     if not isinstance(model, SplicedModule):
         return share_copy(model), [], {}
-    tree, modules = model.taken_apart()
-    if not model.is_opaque:
-        return tree, list(model.cuts), modules
-    cuts = [replace(cut, kind="head") for cut in model.cuts]  # with taps to be made again
+    tree, modules = taken_apart(model)
+    if not model.grl_surgery.is_opaque:
+        return tree, list(model.grl_surgery.cuts), modules
+    cuts = [replace(cut, kind="head") for cut in model.grl_surgery.cuts]  # with taps to be made again
     return _strip_inside(tree, "", [cut.module for cut in cuts]), cuts, modules
 
 
@@ -144,7 +154,8 @@ def _free_name(model: nn.Module, modules: Mapping[str, nn.Module], place: str | 
 
 def arguments_kept(model: nn.Module, example_inputs: Any) -> dict[str, type]:
     """The arguments of forward, with their classes, that earlier surgery kept or that example inputs fill."""
-    kept = dict(model.arguments) if isinstance(model, SplicedModule) and not model.is_opaque else {}
+    done = model.grl_surgery if isinstance(model, SplicedModule) else None
+    kept = dict(done.arguments) if done is not None and not done.is_opaque else {}
     if example_inputs is None:
         return kept
     args, kwargs = as_arguments(example_inputs)
@@ -180,11 +191,7 @@ def reversals(model: nn.Module) -> dict[str, GradientReversal]:
     Raises:
         SurgeryError: It is not a network.
     """
-    if not isinstance(model, nn.Module):
-        raise SurgeryError(
-            f"reversals works on an nn.Module; got {type(model).__name__}: {str(model)[:60]!r}",
-            example="reversals(insert_grl(model, after='layer3'))",
-        )
+    check_network(model, "reversals", example="reversals(insert_grl(model, after='layer3'))")
     found = {path: m for path, m in model.named_modules() if isinstance(m, GradientReversal)}
     nodes = model.graph.nodes if isinstance(model, SplicedModule) else ()
     order = {str(node.target): place for place, node in reversed(list(enumerate(nodes)))}
@@ -197,7 +204,7 @@ def reversals(model: nn.Module) -> dict[str, GradientReversal]:
 
 def head_names(model: nn.Module) -> list[str]:
     """Names of the domain heads, in the order attached: the order of their logits in the output."""
-    cuts = model.cuts if isinstance(model, SplicedModule) else ()
+    cuts = model.grl_surgery.cuts if isinstance(model, SplicedModule) else ()
     return [cut.module for cut in cuts if cut.is_head]
 
 
@@ -222,7 +229,8 @@ def strip(model: nn.Module, names: Sequence[str] | str | None = None) -> nn.Modu
         SurgeryError: There is nothing to take out, or no such name.
     """
     check_model(model, "strip")
-    wanted = [names] if isinstance(names, str) else names
+    check_no_program(model, "strip")
+    wanted = None if names is None else check_names("names", names, example="strip(m, 'domain')")
     present = _spliced_names(model)
     unknown = [name for name in wanted or () if name not in present]
     if not present:
@@ -242,7 +250,7 @@ def _spliced_names(model: nn.Module) -> list[str]:
         f"{path}.{cut.module}" if path else cut.module
         for path, module in model.named_modules()
         if isinstance(module, SplicedModule)
-        for cut in module.cuts
+        for cut in module.grl_surgery.cuts
         if cut.kind != "tap"
     ]
 
@@ -250,22 +258,21 @@ def _spliced_names(model: nn.Module) -> list[str]:
 def _strip(model: nn.Module, prefix: str, names: Sequence[str]) -> nn.Module:
     if not isinstance(model, SplicedModule):
         return _strip_inside(share_copy(model), prefix, names)
-    tree, modules = model.taken_apart()
+    tree, modules = taken_apart(model)
     tree = _strip_inside(tree, prefix, names)
-    rest = [cut for cut in model.cuts if not _is_named(cut, prefix, names)]
+    rest = [cut for cut in model.grl_surgery.cuts if not _is_named(cut, prefix, names)]
     kept = {cut.module: modules[cut.module] for cut in rest if cut.kind != "tap"}
     if not rest:
         return tree
-    return SplicedModule(tree, apply_cuts(tree, rest, given=model.arguments), rest, kept)
+    return SplicedModule(tree, apply_cuts(tree, rest, given=model.grl_surgery.arguments), rest, kept)
 
 
 def _strip_inside(tree: nn.Module, prefix: str, names: Sequence[str]) -> nn.Module:
     """Strip the modules of a tree, which is changed; each takes care of what lies inside it."""
-    for name, child in list(tree._modules.items()):
-        if child is not None:
-            inside = f"{prefix}{name}."
-            spliced = isinstance(child, SplicedModule)
-            tree._modules[name] = (_strip if spliced else _strip_inside)(child, inside, names)
+    parts = {path: part for path, part in tree.named_modules() if isinstance(part, SplicedModule)}
+    for path, part in parts.items():
+        if not any(path.startswith(f"{other}.") for other in parts):
+            exchange(tree, part, _strip(part, f"{prefix}{path}.", names))
     return tree
 
 

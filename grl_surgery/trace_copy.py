@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from grl_surgery.sharing import share_copy
 
-__all__ = ["Flag", "is_building_block", "trace_copy"]
+__all__ = ["Flag", "is_building_block", "is_opaque", "overrides_call", "refuse_own_call", "trace_copy"]
 
 
 def trace_copy(model: nn.Module, opened: frozenset[str], mode: bool | None) -> nn.Module:
@@ -27,6 +27,9 @@ def trace_copy(model: nn.Module, opened: frozenset[str], mode: bool | None) -> n
     near = {path: module for path, module in near.items() if not isinstance(module, torch.jit.ScriptModule)}
     for path in near:
         module = copy.get_submodule(path)
+        if path and overrides_call(module):
+            kind = type(module)
+            module.__class__ = type(kind.__name__, (_OneCall, kind), {"__module__": kind.__module__})
         flag = module.__dict__.pop("training", None)
         if flag is not None:
             module._buffers["training"] = Flag(path, flag if mode is None else mode)  # type: ignore[assignment]
@@ -43,6 +46,39 @@ def is_building_block(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.nn.modules") and not isinstance(
         module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)
     )
+
+
+def is_opaque(module: nn.Module) -> bool:
+    """Whether it is a part of an earlier surgery whose own forward runs: there is nothing to trace."""
+    surgery = module.__dict__.get("grl_surgery")
+    return surgery is not None and bool(surgery.is_opaque)
+
+
+def overrides_call(module: nn.Module) -> bool:
+    """Whether calling a module does more than to run its forward and its hooks."""
+    return type(module).__call__ is not nn.Module.__call__ and not isinstance(module, fx.GraphModule)
+
+
+class _OneCall:
+    """Mixed into the class of a module whose own ``__call__`` is not traced: it runs when the result does."""
+
+    def __init_subclass__(cls) -> None:
+        """Not the user's, which may keep a list of classes."""
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return nn.Module.__call__(self, *args, **kwargs)  # by its name: torch.fx patches it
+
+
+def refuse_own_call(module: nn.Module, path: str, *, opened: bool) -> None:
+    """Refuse a call that the graph would make once more, or without what the class's ``__call__`` does.
+
+    Args:
+        module: The copy that is called.
+        path: Its path.
+        opened: Whether its forward is to be traced through.
+    """
+    if overrides_call(module) and (opened or not isinstance(module, _OneCall)):
+        raise RuntimeError(f"the class of {path!r} overrides __call__, which would be lost")
 
 
 def _children(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

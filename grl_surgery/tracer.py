@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
+import itertools
 import operator
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType, FunctionType, ModuleType
 from typing import Any
 
@@ -17,14 +18,16 @@ import torch
 from torch import fx, nn
 
 from grl_surgery.errors import TracingError
+from grl_surgery.forward_text import signature
+from grl_surgery.made_tensors import MadeTensors
 from grl_surgery.points import escape
+from grl_surgery.reachable import compared_arguments
 from grl_surgery.reversal import GradientReversal
-from grl_surgery.trace_copy import Flag, is_building_block
+from grl_surgery.trace_copy import Flag, is_building_block, refuse_own_call
+from grl_surgery.values import ASSIGNED, IN_PLACE, Stored, Value
 
 __all__ = [
-    "IN_PLACE",
     "KINDS",
-    "KeywordOnlyCodeGen",
     "Stopped",
     "Tracer",
     "Unseen",
@@ -82,56 +85,12 @@ def check_kind(value: Any, name: str, kind: str) -> Any:
 # What an argument may be taken for where a forward asks; a class stands in a graph by its name.
 KINDS = {kind.__name__: kind for kind in (torch.Tensor, bool, int, float, str, dict, list, tuple, object)}
 
+# Layers that return a tuple of tensors.
+RETURN_SEVERAL = (nn.RNNBase, nn.MultiheadAttention)
+
 _FIXED = (bool, str, type(None))
 _NUMBERS = (int, float, complex)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-class _Value(fx.Proxy):
-    """A value of the forward. ``x += y`` overwrites it, which torch.fx would write down as ``x = x + y``."""
-
-    tracer: Tracer
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.tracer.look_into(self.node)
-        raise TypeError("an item of a value is assigned, and a graph would leave the value as it is")
-
-    def __len__(self) -> int:
-        self.tracer.look_into(self.node)
-        return super().__len__()
-
-
-def _in_place(target: Callable[[Any, Any], Any]) -> Callable[[_Value, Any], fx.Proxy]:
-    def method(self: _Value, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", target, (self, other), {})
-
-    return method
-
-
-IN_PLACE = frozenset(name for name in dir(operator) if name.startswith("i") and name[1:] in dir(operator))
-for _name in IN_PLACE:
-    setattr(_Value, f"__{_name}__", _in_place(getattr(operator, _name)))
-
-
-class _Stored(_Value):
-    """A parameter or a buffer: its shape is known, and forwards do look at it."""
-
-    shape: torch.Size
-
-    def __init__(self, node: fx.Node, tracer: fx.Tracer, tensor: torch.Tensor) -> None:
-        super().__init__(node, tracer)
-        self.__dict__.update(shape=tensor.shape, ndim=tensor.ndim, dtype=tensor.dtype)
-
-    def size(self, dim: int | None = None) -> Any:
-        return self.shape if dim is None else self.shape[dim]
-
-    def dim(self) -> int:
-        return len(self.shape)
-
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    nelement = numel
 
 
 class Tracer(fx.Tracer):
@@ -148,15 +107,18 @@ class Tracer(fx.Tracer):
         numbers_fixed: bool,
         whole: tuple[FunctionType | ModuleType, ...],
         moved: Callable[[], bool],
+        changed: Callable[[], str | None],
     ) -> None:
         super().__init__(
             autowrap_modules=tuple(it for it in whole if isinstance(it, ModuleType)),
             autowrap_functions=tuple(it for it in whole if isinstance(it, FunctionType)),
         )
         self.model, self.opened, self.given, self.constants = model, opened, given, constants
-        self.numbers_fixed, self.moved = numbers_fixed, moved
+        self.numbers_fixed, self.moved, self.changed = numbers_fixed, moved, changed
         self.steering: set[str] = set()
         self.has_numbers = False
+        self.made = MadeTensors(model)
+        self.refusal: Exception | None = None
         self.inside = [""]
         self.calls = 0
         self.settings = _settings()
@@ -200,9 +162,12 @@ class Tracer(fx.Tracer):
             return forward(*args, **kwargs)
         path = self.path_of_module(m)
         if path not in self.opened:
+            refuse_own_call(m, path, opened=False)
             return super().call_module(m, forward, args, kwargs)
         self.inside.append(path)
         _refuse_hooks(m, path)
+        refuse_own_call(m, path, opened=True)
+        _refuse_comparison(type(m).forward)
         self.calls += 1
         call = self.calls
         named = [(str(index), value) for index, value in enumerate(args)]
@@ -239,10 +204,13 @@ class Tracer(fx.Tracer):
         changed = [name for name, value in _settings().items() if self.settings[name] != value]
         if changed:
             raise RuntimeError(f"part of it runs under another {changed[0]}, which a graph would lose")
+        if target == "__setitem__":  # of a tensor that the forward made
+            raise self.refused(TypeError(ASSIGNED))
         node = super().create_node(kind, target, *args, **kwargs)
         node.meta.pop("nn_module_stack", None)
         line = ("", 0) if node.op == "get_attr" else _line_of_forward()
         node.meta.update(base=self.base_name(node), line=line)
+        self.made.note_write(node)
         return node
 
     def base_name(self, node: fx.Node) -> str:
@@ -259,7 +227,7 @@ class Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """What stands for the node's value while the forward runs."""
-        return _Value(node, self)
+        return Value(node, self)
 
     def look_into(self, node: fx.Node) -> None:
         """Refuse a value that comes out of a module which could be traced through as well.
@@ -275,6 +243,15 @@ class Tracer(fx.Tracer):
                 reason = f"it looks into the value of {node.target!r}, whose forward was not traced through"
                 raise Unseen(str(self.stopped(RuntimeError(reason))), self.inside[-1], str(node.target))
 
+    def is_tensor(self, node: fx.Node) -> bool:
+        """Whether it is certain that the value is one tensor, or a number made of sizes."""
+        if node.op == "call_module":
+            layer = self.root.get_submodule(str(node.target))
+            several = isinstance(layer, RETURN_SEVERAL) or getattr(layer, "return_indices", False)
+            return is_building_block(layer) and not several
+        made_by = getattr(node.target, "__module__", "")
+        return node.op == "call_function" and made_by == "_operator" and node.target is not operator.getitem
+
     def kind_of_argument(self, node: fx.Node) -> type:
         """What an argument is taken for, and has to be: a tensor, unless the example inputs say otherwise."""
         name = str(node.target)
@@ -289,9 +266,16 @@ class Tracer(fx.Tracer):
         """The items of a value, where the line of code says how many there are."""
         try:
             return super().iter(obj)
-        except fx.proxy.TraceError:
+        except fx.proxy.TraceError as error:
             self.look_into(obj.node)
-            raise
+            raise self.refused(error)  # noqa: B904
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """No answer: which branch it is depends on what the network is given."""
+        try:
+            return super().to_bool(obj)
+        except fx.proxy.TraceError as error:
+            raise self.refused(error)  # noqa: B904
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         """A proxy for each parameter and buffer; a mode flag as it is, but noticed."""
@@ -306,7 +290,7 @@ class Tracer(fx.Tracer):
         if name not in parameter_proxy_cache:
             node = self.create_node("get_attr", name, (), {})
             node.meta["kind"] = type(attr_val)
-            parameter_proxy_cache[name] = _Stored(node, self, attr_val)
+            parameter_proxy_cache[name] = Stored(node, self, attr_val)
         return parameter_proxy_cache[name]
 
     def create_arg(self, a: Any) -> Any:
@@ -322,23 +306,33 @@ class Tracer(fx.Tracer):
     def constant(self, tensor: torch.Tensor) -> fx.Node:
         """A tensor that is no proxy: read past its module, an attribute, or made by the forward."""
         name = self.tensors.get(id(tensor)) or self.tensor_attrs.get(tensor)
-        if name is None and tensor.requires_grad:
+        if name is not None:
+            return self.create_node("get_attr", name, (), {})
+        if tensor.requires_grad:
             raise TypeError("a tensor computed from a parameter would be frozen at its present value")
+        node = self.made.node_of(tensor)
+        return node or self.made.add(
+            tensor, self.create_node("get_attr", self.name_of_constant(tensor), (), {})
+        )
+
+    def name_of_constant(self, tensor: torch.Tensor) -> str:
+        """The attribute that holds a tensor of these values, in this graph and in that of the other mode."""
+        held = (key for key, value in self.constants.items() if torch.equal(value, tensor))
+        name = next((k for k in held if self.constants[k].dtype == tensor.dtype), None)
         if name is None:
-            held = (key for key, value in self.constants.items() if torch.equal(value, tensor))
-            name = next((k for k in held if self.constants[k].dtype == tensor.dtype), None)
-        if name is None:
-            name = f"_constant_{len(self.constants)}"
+            numbered = (f"_constant_{number}" for number in itertools.count(len(self.constants)))
+            name = next(it for it in numbered if it not in self.constants and not hasattr(self.model, it))
             self.constants[name] = tensor
             setattr(self.root, name, tensor)
-        return self.create_node("get_attr", name, (), {})
+        return name
 
     def mapping(self, value: dict[str, Any]) -> fx.Node:
         """A dict of a class of its own (OrderedDict, a ModelOutput): built again by that class."""
         items = [(key, self.create_arg(item)) for key, item in value.items()]
         if hasattr(type(value), "__dataclass_fields__"):
             return self.create_node("call_function", type(value), (), dict(items))
-        return self.create_node("call_function", type(value), (items,), {})
+        first = (None,) if isinstance(value, defaultdict) else ()  # its factory, which nobody asks any more
+        return self.create_node("call_function", type(value), (*first, items), {})
 
     # -- arguments of the root
 
@@ -346,6 +340,7 @@ class Tracer(fx.Tracer):
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable[[], Any], list[Any]]:
         """The root's forward, given proxies for its arguments, and its checks afterwards."""
+        _refuse_comparison(root_fn)
         _, *parameters = inspect.signature(root_fn).parameters.values()
         positional: list[Any] = []
         keywords: dict[str, Any] = {}
@@ -357,30 +352,45 @@ class Tracer(fx.Tracer):
                 keywords[parameter.name] = value
             else:
                 positional.append(value)
-        if keywords:
-            self.graph.set_codegen(KeywordOnlyCodeGen(len(positional)))
+        keywords |= {
+            name: self.create_proxy("placeholder", name, (), {}) for name in self.unnamed(parameters)
+        }
+        codegen = signature(parameters, len(positional))
+        if codegen is not None:
+            self.graph.set_codegen(codegen)
         self.inside = [""]
 
         def run() -> Any:
-            result = root_fn(self.root, *positional, **keywords)
+            with self.made:
+                result = root_fn(self.root, *positional, **keywords)
+            if self.refusal is not None:  # the forward caught it, and took another branch than it will
+                raise self.refusal
             self.refuse_randomness()
-            for path in self.opened:
-                _refuse_assignment(self.root.get_submodule(path), path)
+            self.refuse_changes()
             return result
 
         return run, []
+
+    def unnamed(self, parameters: Sequence[inspect.Parameter]) -> list[str]:
+        """What callers will pass by way of ``**kwargs``, and stays an argument."""
+        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
+            return []
+        names = {parameter.name for parameter in parameters}
+        return [name for name in self.given if name not in names]
 
     def argument(self, parameter: inspect.Parameter) -> Any:
         """A proxy for one argument, or its default where that steers the forward."""
         name, default = parameter.name, parameter.default
         if default is parameter.empty:
             return self.create_proxy("placeholder", name, (), {})
+        if isinstance(default, torch.Tensor):
+            raise RuntimeError(f"the default of its argument {name!r} is a tensor")
         node = self.create_proxy("placeholder", name, (default,), {})
         if name in self.given:
             return node
         is_number = isinstance(default, _NUMBERS) and not isinstance(default, bool)
         self.has_numbers |= is_number
-        if isinstance(default, torch.Tensor) or (is_number and not self.numbers_fixed):
+        if is_number and not self.numbers_fixed:
             return node
         check = self.create_proxy("call_function", check_fixed, (node, name, default), {})
         del check.node.meta["base"]  # no point: nothing flows through it
@@ -388,10 +398,21 @@ class Tracer(fx.Tracer):
 
     # -- what stops it
 
+    def refused(self, error: Exception) -> Exception:
+        """The error, noted in case that the forward catches it."""
+        self.refusal = self.refusal or error
+        return error
+
     def refuse_randomness(self) -> None:
         """A number drawn while tracing would be the same in every run."""
         if self.moved():
             raise RuntimeError("it draws random numbers in Python, which a graph would freeze")
+
+    def refuse_changes(self) -> None:
+        """What a forward stores in Python would be stored while tracing, and never again."""
+        if change := self.changed():
+            raise RuntimeError(change)
+        self.made.refuse_changes()
 
     def stopped(self, error: Exception) -> Stopped:
         """The error with the innermost module whose forward was being traced."""
@@ -403,11 +424,22 @@ class Tracer(fx.Tracer):
         return Stopped(message, path)
 
 
+_is_grad_enabled = torch.is_grad_enabled  # a traced forward gets another answer
+
+
 def _settings() -> dict[str, Any]:
     """What ``torch.no_grad()`` and its like set for part of a forward, and no node of a graph records."""
+    backends: Any = torch.backends.cuda
     found: dict[str, Any] = {
-        "grad mode": torch.is_grad_enabled(),
+        "grad mode": _is_grad_enabled(),
         "inference mode": torch.is_inference_mode_enabled(),
+        "seed of the random numbers": torch.initial_seed(),
+        "choice of attention kernels": (
+            backends.math_sdp_enabled(),
+            backends.flash_sdp_enabled(),
+            backends.mem_efficient_sdp_enabled(),
+            backends.cudnn_sdp_enabled(),
+        ),
     }
     for device in ("cpu", "cuda"):
         enabled = torch.is_autocast_enabled(device)
@@ -424,13 +456,11 @@ def _refuse_hooks(module: nn.Module, path: str) -> None:
         raise RuntimeError(f"{path!r} has a forward set on the instance, which would be lost")
 
 
-def _refuse_assignment(module: nn.Module, path: str) -> None:
-    """A value that a forward stores on its module would be stored while tracing, and never again."""
-    for holder in (module.__dict__, module._buffers, module._parameters):
-        for name, value in holder.items():
-            if isinstance(value, fx.Proxy):
-                where = f"{path}.{name}" if path else name
-                raise RuntimeError(f"it assigns self.{name}, and a graph would leave {where!r} as it is")
+def _refuse_comparison(forward: Any) -> None:
+    """To a trace, arguments are never one object; when the network runs they may be."""
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    if code is not None and (names := compared_arguments(code)):
+        raise RuntimeError(f"it asks whether {' and '.join(names)} are the same object")
 
 
 # ---------------------------------------------------------------------------------------- node names
@@ -458,7 +488,9 @@ def operation(node: fx.Node) -> str:
 
 TORCH = os.path.dirname(torch.__file__) + os.sep
 _LAYERS = os.path.join(TORCH, "nn", "modules")  # whose forwards are traced like anybody's
-_MACHINERY = (TORCH, __file__, os.path.join(os.path.dirname(__file__), "function_calls.py"))
+_HERE = os.path.dirname(__file__) + os.sep
+_OURS = ("tracer", "values", "made_tensors", "function_calls")
+_MACHINERY = (TORCH, *(f"{_HERE}{name}.py" for name in _OURS))
 
 
 def _line_of_forward() -> tuple[str, int]:
@@ -471,16 +503,3 @@ def _line_of_forward() -> tuple[str, int]:
 
 def _is_machinery(file: str) -> bool:
     return file.startswith(_MACHINERY) and not file.startswith(_LAYERS)
-
-
-class KeywordOnlyCodeGen(fx.graph.CodeGen):
-    """Writes a forward whose arguments after the first ``positional`` ones are keyword-only."""
-
-    def __init__(self, positional: int) -> None:
-        super().__init__()
-        self.positional = positional
-
-    def gen_fn_def(self, free_vars: list[str], *args: Any, **kwargs: Any) -> str:
-        """The line with ``def``."""
-        named = [*free_vars[: self.positional], "*", *free_vars[self.positional :]]
-        return super().gen_fn_def(named, *args, **kwargs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import traceback
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType, ModuleType
 from typing import Any
@@ -17,10 +17,11 @@ from torch.fx.node import map_arg
 from grl_surgery.errors import TracingError
 from grl_surgery.function_calls import functions_kept
 from grl_surgery.generators import random_state_kept
-from grl_surgery.in_place import follow
+from grl_surgery.in_place import Effects, follow, memory, overwritten
 from grl_surgery.kinds import kinds_answered
 from grl_surgery.points import ancestors, escape, number
-from grl_surgery.trace_copy import trace_copy
+from grl_surgery.python_state import python_state_kept
+from grl_surgery.trace_copy import is_opaque, trace_copy
 from grl_surgery.tracer import TORCH, Stopped, Tracer, Unseen, is_item
 
 __all__ = ["Trace", "around_aliases", "module_paths", "trace"]
@@ -135,7 +136,7 @@ def trace(
 def _can_be_opened(model: nn.Module, path: str) -> bool:
     """A part of an earlier surgery whose own forward runs has no code of ours to trace."""
     module = model.get_submodule(path)
-    return not path or not (getattr(module, "is_opaque", False) or isinstance(module, torch.jit.ScriptModule))
+    return not path or not (is_opaque(module) or isinstance(module, torch.jit.ScriptModule))
 
 
 def _way_out(path: str) -> str:
@@ -239,11 +240,14 @@ def _trace_once(
     function that a forward calls cannot be traced, again with that function as one operation. Those of
     ``math`` can never be; wrapping them all costs more than a small trace, so it waits until one is called.
     """
-    with random_state_kept() as moved:
-        tracer = Tracer(model, opened, given, constants, numbers_fixed, whole, moved)
+    copy = trace_copy(model, opened, mode)
+    modules = {path: copy.get_submodule(path) for path in opened}
+    with random_state_kept() as moved, python_state_kept(modules) as changed:
+        tracer = Tracer(model, opened, given, constants, numbers_fixed, whole, moved, changed)
         try:
-            with functions_kept(tracer), kinds_answered(type(model.get_submodule(p)) for p in opened):
-                graph = tracer.trace(trace_copy(model, opened, mode))
+            with functions_kept(tracer), kinds_answered(modules.values()):
+                graph = tracer.trace(copy)
+            _renew(model, graph, tracer.made.nodes())
             follow(model, graph)
             return graph, tracer.steering
         except Unseen:
@@ -259,6 +263,23 @@ def _trace_once(
             else:
                 raise tracer.stopped(error) from error
     return _trace_once(model, opened, given, constants, mode, numbers_fixed, whole)
+
+
+def _renew(model: nn.Module, graph: fx.Graph, made: Iterable[fx.Node]) -> None:
+    """Copy, in every run, what the forward makes anew in every run and then overwrites or hands out."""
+    for node in made:
+        same = memory(model, node, lambda _: Effects())
+        written = (user for value in same for user in value.users if _writes(model, user, value))
+        if next(written, None) is not None:
+            with graph.inserting_after(node):
+                copy = graph.call_function(torch.clone, (node,))
+            node.replace_all_uses_with(copy)
+            copy.args = (node,)
+            copy.meta.update(line=node.meta["line"])
+
+
+def _writes(model: nn.Module, user: fx.Node, value: fx.Node) -> bool:
+    return user.op == "output" or value in overwritten(model, user)
 
 
 def _function_that_failed(error: Exception) -> FunctionType | None:

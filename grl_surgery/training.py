@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from grl_surgery.arguments import check_names, check_network, check_number
 from grl_surgery.errors import PointNotFoundError, ShapeError, SurgeryError
 from grl_surgery.heads import find_heads
 from grl_surgery.points import near_names
@@ -44,7 +46,8 @@ def domain_loss(
             0, or a map (B, K, ...) or (B, 1, ...), whose positions count alike. Half precision is computed in
             float32.
         domains: (B,), integers in 0 ... K - 1, or one integer for the whole batch.
-        weights: (B,), not negative: the loss is the weighted mean, so that their scale does not matter.
+        weights: (B,), finite and not negative: the loss is the weighted mean, so that their scale does not
+            matter.
         binary: Say which of both is meant, and have it checked; default: by the shape of the logits.
         balance: Count each domain that is in the batch the same, however many samples it has there: the mean
             of the domains' means.
@@ -57,8 +60,8 @@ def domain_loss(
 
     Raises:
         ShapeError: Logits, domains or weights do not fit each other.
-        SurgeryError: A label that is no domain (the message names it), negative weights, or a softmax over
-            one logit.
+        SurgeryError: A label that is no domain (the message names it), weights that are negative or
+            infinite, or a softmax over one logit.
     """
     num_domains = count_domains(logits, binary)
     labels = check_labels(domains, logits, num_domains, validate)
@@ -78,12 +81,13 @@ def count_domains(logits: Tensor, binary: bool | None = None) -> int:
         ShapeError: These are no logits, or not of the kind that ``binary`` says.
         SurgeryError: A softmax over one logit is asked for.
     """
-    check_tensor(logits, "domain_loss")
+    example = "domain_loss(torch.randn(8, 2), torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]))"
+    check_tensor(logits, "domain_loss", example=example)
     shape = tuple(logits.shape)
     if logits.dim() == 0 or logits.numel() == 0 or not logits.is_floating_point():
         raise ShapeError(
             f"domain logits of shape {shape}, {logits.dtype}: expected (B, K), floating point, not empty",
-            example="domain_loss(torch.randn(8, 2), torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]))",
+            example=example,
         )
     single = logits.dim() == 1 or shape[1] == 1
     if binary and not single:
@@ -107,14 +111,12 @@ def check_labels(domains: Tensor | int, logits: Tensor, num_domains: int, valida
         SurgeryError: Not integers, or one of them is no domain.
     """
     batch = logits.shape[0]
-    if isinstance(domains, int):
-        if not 0 <= domains < num_domains:
-            raise _no_domain(f"the label of the batch is {domains}", num_domains)
-        return torch.full((batch,), domains, dtype=torch.int64, device=logits.device)
-    if not isinstance(domains, Tensor) or domains.is_floating_point() or domains.is_complex():
-        kind = domains.dtype if isinstance(domains, Tensor) else type(domains).__name__
+    if not isinstance(domains, Tensor):
+        label = _check_label(domains, num_domains)
+        return torch.full((batch,), label, dtype=torch.int64, device=logits.device)
+    if domains.is_floating_point() or domains.is_complex():
         raise SurgeryError(
-            f"domain labels are integers 0 to {num_domains - 1}, got {kind}",
+            f"domain labels are integers 0 to {num_domains - 1}, got {domains.dtype}",
             example="domain_loss(logits, domains.long())",
         )
     if tuple(domains.shape) != (batch,):
@@ -127,6 +129,19 @@ def check_labels(domains: Tensor | int, logits: Tensor, num_domains: int, valida
     if validate and not torch.compiler.is_compiling():
         _check_range(domains, num_domains)
     return domains.to(device=logits.device, dtype=torch.int64)
+
+
+def _check_label(label: object, num_domains: int) -> int:
+    """The label of a whole batch."""
+    if not isinstance(label, (int, Integral)):  # the compiler knows int, and need not ask the other
+        raise SurgeryError(
+            f"domain labels are integers 0 to {num_domains - 1}, got {type(label).__name__}",
+            example="domain_loss(logits, torch.tensor([0, 0, 1, 1])), or domain_loss(logits, 0)",
+        )
+    domain = int(label)
+    if not 0 <= domain < num_domains:
+        raise _no_domain(f"the label of the batch is {domain}", num_domains)
+    return domain
 
 
 def _check_range(domains: Tensor, num_domains: int) -> None:
@@ -165,19 +180,24 @@ def loss_per_sample(logits: Tensor, labels: Tensor) -> Tensor:
 def _check_weights(weights: Tensor | None, losses: Tensor, validate: bool) -> Tensor:
     if weights is None:
         return torch.ones_like(losses)
-    check_tensor(weights, "domain_loss, for its weights,")
+    example = "domain_loss(logits, domains, weights=entropy_weights(class_logits, domains))"
+    check_tensor(weights, "domain_loss, for its weights,", example=example)
     if weights.shape != losses.shape:
         raise ShapeError(
             f"weights of shape {tuple(weights.shape)} for a batch of {len(losses)}: expected one per sample",
-            example="domain_loss(logits, domains, weights=entropy_weights(class_logits, domains))",
+            example=example,
         )
-    if validate and not torch.compiler.is_compiling() and not ((weights >= 0).all() & (weights.sum() > 0)):
+    if validate and not torch.compiler.is_compiling() and not _are_weights(weights):
         raise SurgeryError(
-            f"weights must not be negative or nan, and not all zero; the least is {weights.min().item()}, "
-            f"their sum {weights.sum().item()}",
-            example="domain_loss(logits, domains, weights=entropy_weights(class_logits, domains))",
+            f"weights must not be negative, infinite or nan, and not all zero; the least is "
+            f"{weights.min().item()}, their sum {weights.sum().item()}",
+            example=example,
         )
     return weights.detach().to(device=losses.device, dtype=losses.dtype)
+
+
+def _are_weights(weights: Tensor) -> bool:
+    return bool(((weights >= 0) & weights.isfinite()).all() & (weights > 0).any())
 
 
 def _mean_of_domains(losses: Tensor, weights: Tensor, labels: Tensor, num_domains: int) -> Tensor:
@@ -218,11 +238,13 @@ def entropy_weights(class_logits: Tensor, domains: Tensor | None = None) -> Tens
     Raises:
         ShapeError: Not logits of shape (B, classes), or not one label for each sample.
     """
-    check_tensor(class_logits, "entropy_weights")
-    if class_logits.dim() != 2 or class_logits.numel() == 0:
+    example = "entropy_weights(torch.randn(4, 10), torch.tensor([0, 0, 1, 1]))"
+    check_tensor(class_logits, "entropy_weights", example=example)
+    if class_logits.dim() != 2 or class_logits.numel() == 0 or not class_logits.is_floating_point():
         raise ShapeError(
-            f"class logits of shape {tuple(class_logits.shape)}: expected (B, classes), not empty",
-            example="entropy_weights(torch.randn(8, 10), domains)",
+            f"class logits of shape {tuple(class_logits.shape)}, {class_logits.dtype}: expected "
+            "(B, classes), floating point, not empty",
+            example=example,
         )
     logits = class_logits.detach()
     if logits.dtype in (torch.float16, torch.bfloat16):
@@ -233,6 +255,7 @@ def entropy_weights(class_logits: Tensor, domains: Tensor | None = None) -> Tens
     weights = 1.0 + torch.exp(-entropy)
     if domains is None:
         return weights / weights.mean()
+    check_tensor(domains, "entropy_weights, for its domains,", example=example)
     if tuple(domains.shape) != (len(weights),):
         raise ShapeError(
             f"domain labels of shape {tuple(domains.shape)}: expected one per sample, ({len(weights)},)",
@@ -246,7 +269,7 @@ def entropy_weights(class_logits: Tensor, domains: Tensor | None = None) -> Tens
 
 
 def param_groups(
-    model: nn.Module, lr: float, new_multiplier: float = 10.0, *, new: str | Sequence[str] = ()
+    model: nn.Module, lr: float | Tensor, new_multiplier: float = 10.0, *, new: str | Sequence[str] = ()
 ) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer: the pretrained backbone, and new layers that learn faster.
 
@@ -269,12 +292,15 @@ def param_groups(
         new: Names of further modules or parameters that are new, such as a fresh ``"fc"``.
 
     Raises:
-        SurgeryError: Nothing is new, nothing is trainable, or a learning rate is impossible.
+        SurgeryError: It is not a network, nothing is new, nothing is trainable, or a learning rate is
+            impossible.
         PointNotFoundError: ``new`` names no parameter.
     """
-    _check_positive("lr", lr)
-    _check_positive("new_multiplier", new_multiplier)
-    prefixes = [new] if isinstance(new, str) else list(new)
+    check_network(model, "param_groups", example="param_groups(model, lr=0.01)")
+    # Optimizers take a learning rate that is a tensor as well.
+    check_number("lr", float(lr) if isinstance(lr, Tensor) else lr, positive=True, example="lr=0.01")
+    check_number("new_multiplier", new_multiplier, positive=True, example="new_multiplier=10.0")
+    prefixes = check_names("new", new, example="param_groups(model, lr=0.01, new='fc')")
     names = _names_by_parameter(model)
     _check_names(prefixes, [name for group in names.values() for name in group])
     heads = list(find_heads(model))
@@ -337,11 +363,6 @@ def _check_names(prefixes: Sequence[str], names: Sequence[str]) -> None:
             )
 
 
-def _check_positive(name: str, value: float) -> None:
-    if not 0.0 < value < float("inf"):
-        raise SurgeryError(f"{name} is {value!r}, but must be positive and finite", example=f"{name}=0.01")
-
-
 def dann_lr(p: float, lr0: float = 0.01, alpha: float = 10.0, beta: float = 0.75) -> float:
     """The learning rate of DANN at progress p: lr0 / (1 + alpha p) ** beta.
 
@@ -358,6 +379,8 @@ def dann_lr(p: float, lr0: float = 0.01, alpha: float = 10.0, beta: float = 0.75
         beta: How far it falls.
 
     Raises:
-        SurgeryError: ``p`` is outside [0, 1].
+        SurgeryError: ``p`` is outside [0, 1], or another number is negative.
     """
+    for name, value in (("lr0", lr0), ("alpha", alpha), ("beta", beta)):
+        check_number(name, value, example="dann_lr(0.5, lr0=0.01, alpha=10.0, beta=0.75)")
     return float(lr0 / (1.0 + alpha * check_progress(p)) ** beta)

@@ -11,14 +11,22 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from grl_surgery.errors import SurgeryError
+from grl_surgery.comparison import difference, same_bits
+from grl_surgery.errors import FlipError, SurgeryError
 from grl_surgery.flip_graph import flip_graph
 from grl_surgery.flip_report import FlipReport, ParameterFlip, ReversalFlip
 from grl_surgery.loading.inputs import example_inputs as known_inputs
-from grl_surgery.measurement import Experiment, Passage, Run, private_copy, repeatable, watching
+from grl_surgery.measurement import (
+    Experiment,
+    Passage,
+    Run,
+    coefficients,
+    private_copy,
+    repeatable,
+    watching,
+)
 from grl_surgery.oracle import Factors, HookReversal, in_words, predict, recipes, with_reversals
 from grl_surgery.reversal import GradientReversal
-from grl_surgery.sharing import share_copy
 from grl_surgery.splicing import check_model, head_names, reversals, strip
 
 __all__ = ["verify_flip"]
@@ -85,7 +93,7 @@ def verify_flip(
 
 def _flags(model: nn.Module, mode: str | None) -> dict[str, bool]:
     """Mode flags as they are, or as the network's own ``train`` or ``eval`` sets them."""
-    tree = model if mode is None else share_copy(model).train(mode == "train")
+    tree = model if mode is None else private_copy(model, {}).train(mode == "train")
     return {path: module.training for path, module in tree.named_modules()}
 
 
@@ -129,6 +137,7 @@ class _Verification:
         self.right_flags = flags if mode is None else {**flags, **_flags(plain, mode)}
         self.experiment = Experiment.on(model, inputs, seed)
         self.spliced = private_copy(model, flags)
+        self.fails_in_double = ""
 
     # -- the runs
 
@@ -158,43 +167,94 @@ class _Verification:
         return self.experiment.run(self.oracle, self.heads)
 
     @functools.cached_property
-    def in_double(self) -> tuple[Run, Run]:
-        """The oracle's and the spliced network's run in float64."""
+    def actual(self) -> Run:
+        """The spliced network's run."""
+        return self.experiment.run(self.spliced, self.heads)
+
+    @functools.cached_property
+    def in_double(self) -> tuple[Run, Run] | None:
+        """The oracle's and the spliced network's run in float64; None if one of them fails there."""
         double = self.experiment.in_double()
-        return double.run(self.oracle, self.heads), double.run(self.spliced, self.heads)
+        try:
+            return double.run(self.oracle, self.heads), double.run(self.spliced, self.heads)
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0]
+            self.fails_in_double = f"; float64, which would tell this from rounding, fails: {reason[:120]}"
+            return None
 
     def _check_runs(self) -> None:
-        """Say that it was the reference that failed, if it does."""
+        """Say which network it was that failed, if one does."""
+        name = type(self.plain).__name__
         try:
             _ = self.expected
-        except (TypeError, ValueError, RuntimeError) as error:
+        except Exception as error:
             if isinstance(error, SurgeryError):
                 raise
             raise SurgeryError(
-                f"{type(self.plain).__name__} itself fails on these example inputs: {error}",
+                f"{name} itself fails on these example inputs: {error}",
                 example="example_inputs=(x,), with an x for which model(x) works",
+            ) from error
+        try:
+            _ = self.actual
+        except Exception as error:
+            if isinstance(error, SurgeryError):
+                raise
+            raise FlipError(
+                f"the spliced network fails where {name} runs: {type(error).__name__}: {error}"
             ) from error
 
     # -- the report
 
     def report(self) -> FlipReport:
         """Run everything, compare, and write it down."""
-        self._check_runs()
         with watching(reversals(self.spliced)) as passed:
-            actual = self.experiment.run(self.spliced, self.heads)
-        rows = [row for name in ("output", *self.heads) for row in self._rows(name, actual.gradients[name])]
+            self._check_runs()
+        objectives = ("output", *self.heads)
+        rows = [row for name in objectives for row in self._rows(name, self.actual.gradients[name])]
         layers = reversals(self.model)
+        different = self._difference()
         return FlipReport(
             tuple(rows),
             tuple(self._reversal(name, layer, passed[name]) for name, layer in layers.items()),
-            _same_outputs(self.expected, actual),
+            not different,
             _mode(self.spliced),
             (*_problems(layers, rows), *_differences(self.model, self.plain)),
             type(self.plain).__name__,
-            functools.partial(
-                flip_graph, self.spliced, self.oracle, self.experiment.inputs, ("output", *self.heads)
-            ),
+            different,
+            functools.partial(flip_graph, self.spliced, self.oracle, self.experiment.inputs, objectives),
         )
+
+    def _difference(self) -> str:
+        """What the forward does that the reference's does not, in words; empty if nothing."""
+        found = difference(self.expected.output, self.actual.output) or next(self._left_otherwise(), "")
+        if found or not self._remembers():
+            return found
+        plain = private_copy(self.plain, self.right_flags)
+        found = difference(self.experiment.second(plain), self.experiment.second(self.spliced, self.heads))
+        return found and f"in a second call, {found}"
+
+    def _left_otherwise(self) -> Iterator[str]:
+        """Buffers and parameters in which the two forwards leave different values."""
+        expected, actual = self.expected, self.actual
+        for name, buffer in expected.buffers.items():
+            if name in actual.buffers and not same_bits(buffer, actual.buffers[name]):
+                yield f"it leaves other values in the buffer {name!r}"
+        for name in {**expected.written, **actual.written}.keys() & expected.parameters:
+            values = [run.written.get(name, self.experiment.values[name]) for run in (expected, actual)]
+            if not _are_alike(*values):
+                yield f"it leaves other values in the parameter {name!r}"
+
+    def _remembers(self) -> bool:
+        """Whether a forward left something that the next call may read and that has not been compared."""
+        return self.expected.remembers or self.actual.remembers or any(self._constants_written())
+
+    def _constants_written(self) -> Iterator[str]:
+        """Buffers that are neither the reference's nor a head's nor a coefficient, and not what they were."""
+        known = {*self.expected.buffers, *coefficients(self.spliced)}
+        for name, buffer in self.spliced.named_buffers():
+            added = name not in known and name.partition(".")[0] not in self.heads
+            if added and not same_bits(buffer.detach(), self.actual.buffers[name]):
+                yield name
 
     def _rows(self, objective: str, gradients: Mapping[str, torch.Tensor | None]) -> Iterator[ParameterFlip]:
         known = predict(self.oracle, objective)
@@ -233,7 +293,7 @@ class _Verification:
         if same or self._same_in_double(row):
             measured = "mixed" if row.measured == "wrong" else row.measured
             return ParameterFlip(row.name, row.shape, row.predicted, measured, True, "", row.objective)
-        note = "its gradient is not what tensor hooks at the same places give"
+        note = f"its gradient is not what tensor hooks at the same places give{self.fails_in_double}"
         return ParameterFlip(row.name, row.shape, row.predicted, "wrong", False, note, row.objective)
 
     def _is_rounded(
@@ -248,12 +308,19 @@ class _Verification:
         if before is None or after is None or wanted is None or not torch.equal(wanted, after):
             return False
         (sign,) = factors
-        in_double = self.in_double[0].gradients[row.objective].get(row.name)
-        vanishes = in_double is None or in_double.norm() <= 1e-6 * before.norm()
-        return bool(vanishes or (after - sign * before).norm() <= 1e-3 * before.norm())
+        return bool((after - sign * before).norm() <= 1e-3 * before.norm() or self._vanishes(row, before))
+
+    def _vanishes(self, row: ParameterFlip, before: torch.Tensor) -> bool:
+        """Whether nothing is left of a gradient in float64."""
+        if self.in_double is None:
+            return False
+        exact = self.in_double[0].gradients[row.objective].get(row.name)
+        return exact is None or bool(exact.norm() <= 1e-6 * before.norm())
 
     def _same_in_double(self, row: ParameterFlip) -> bool:
         """Sums in another order differ in their last bits; in float64 that difference is below 1e-9."""
+        if self.in_double is None:
+            return False
         wanted, found = (run.gradients[row.objective].get(row.name) for run in self.in_double)
         if wanted is None or found is None:
             return _is_zero(wanted) and _is_zero(found)
@@ -279,8 +346,12 @@ def _differences(model: nn.Module, reference: nn.Module) -> Iterator[str]:
     """Parameters and buffers that have other values than the reference's."""
     held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, tensor in (*reference.named_parameters(), *reference.named_buffers()):
-        if name in held and not _same_bits(held[name].detach(), tensor.detach()):
+        if name in held and not _are_alike(held[name], tensor):
             yield f"{name!r} has other values than in the reference"
+
+
+def _are_alike(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return first is second or same_bits(first.detach(), second.detach())
 
 
 def _relation(before: torch.Tensor | None, after: torch.Tensor | None) -> tuple[Any, str]:
@@ -317,7 +388,7 @@ _ANOTHER_COEFF = 0.375
 
 def _gradient_through(layer: GradientReversal, coeff: float, gradient: torch.Tensor) -> torch.Tensor:
     """What a copy of the layer with this coefficient makes of a gradient."""
-    twin = share_copy(layer)
+    twin = private_copy(layer, {})
     twin._buffers["coeff"] = torch.full_like(layer.coeff, coeff)
     x = torch.zeros_like(gradient, requires_grad=True)
     (found,) = torch.autograd.grad(twin(x * 1), x, gradient)
@@ -344,22 +415,6 @@ def _mode(network: nn.Module) -> str:
 
 def _is_zero(gradient: torch.Tensor | None) -> bool:
     return gradient is None or not bool(gradient.any())
-
-
-def _same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Equal byte by byte, so that nan equals itself and -0.0 differs from 0.0."""
-    if first.shape != second.shape or first.dtype != second.dtype:
-        return False
-    flat = [tensor.resolve_conj().resolve_neg().contiguous().reshape(-1) for tensor in (first, second)]
-    return not flat[0].numel() or torch.equal(flat[0].view(torch.uint8), flat[1].view(torch.uint8))
-
-
-def _same_outputs(expected: Run, actual: Run) -> bool:
-    """Whether both runs gave the same outputs and left the same buffers."""
-    before, after = expected.outputs["output"], actual.outputs["output"]
-    kept = [(buffer, actual.buffers[n]) for n, buffer in expected.buffers.items() if n in actual.buffers]
-    pairs = [*zip(before, after, strict=False), *kept]
-    return len(before) == len(after) and all(_same_bits(first, second) for first, second in pairs)
 
 
 def _ratio(before: torch.Tensor | None, after: torch.Tensor | None) -> str:

@@ -458,6 +458,12 @@ TABLE = [
         "  for example: coeff=0.5",
         "Coefficients",
     ),
+    BadInput(
+        'gs.insert_grl(model, after="fc", coeff=1e300)',
+        "SurgeryError",
+        "coeff is 1e+300; a layer keeps it in float32, where it would be infinite\n  for example: coeff=0.5",
+        "Coefficients",
+    ),
     # Networks
     BadInput(
         'gs.insert_grl("timm/resnet18", after="layer3")',
@@ -551,9 +557,17 @@ TABLE = [
         "Networks",
     ),
     BadInput(
-        "gs.reversals(3)gs.reversal_disabled(3).__enter__()",
-        "SyntaxError",
-        "invalid syntax (<string>, line 1)",
+        "gs.reversals(3)",
+        "SurgeryError",
+        "reversals works on an nn.Module; got int: '3'\n"
+        "  for example: reversals(insert_grl(model, after='layer3'))",
+        "Networks",
+    ),
+    BadInput(
+        "gs.reversal_disabled(3).__enter__()",
+        "SurgeryError",
+        "reversal_disabled works on an nn.Module; got int: '3'\n"
+        "  for example: with reversal_disabled(model): ...",
         "Networks",
     ),
     # Heads
@@ -577,7 +591,7 @@ TABLE = [
         "SurgeryError",
         "a head reads one point, and after=['stage1', 'stage2'] stands for 2\n"
         "  nearest: stage1, stage2\n"
-        "  for example: attach_domain_head(model, after='stage1'), then again for another head",
+        "  for example: after='stage1'",
         "Heads",
     ),
     BadInput(
@@ -651,6 +665,63 @@ TABLE = [
         "the value of 'encoder' is not one tensor, or forward fails on these example inputs\n"
         "  for example: one item of it, as in after='encoder[0]'; or example_inputs=(...) that it "
         "accepts",
+        "Heads",
+    ),
+    BadInput(
+        'gs.attach_domain_head(model, "stage1", dropout=None, example_inputs=x)',
+        "SurgeryError",
+        "dropout is None, but must be in [0, 1): at 1 nothing is left to learn from\n"
+        "  for example: DomainClassifier(512, dropout=0.5)",
+        "Heads",
+    ),
+    BadInput(
+        'gs.attach_domain_head(model, "stage1", condition_on="", example_inputs=x)',
+        "SurgeryError",
+        "condition_on='' is no point: expected a name, 'glob:...', 're:...', a module class or a "
+        "function of a graph node, got str\n"
+        "  for example: condition_on='layer3', condition_on='glob:layer3.*', condition_on=torch.nn.Conv2d",
+        "Heads",
+    ),
+    BadInput(
+        'gs.attach_domain_head(model, "stage1", condition_on=["fc", "mean"], example_inputs=x)',
+        "SurgeryError",
+        "a head reads one point, and condition_on=['fc', 'mean'] stands for 2\n"
+        "  nearest: fc, mean\n"
+        "  for example: condition_on='fc'",
+        "Heads",
+    ),
+    BadInput(
+        'gs.attach_domain_head(model, "stage1", name="class", example_inputs=x)',
+        "SurgeryError",
+        "name='class' cannot be an attribute of a module\n  for example: name='domain'",
+        "Heads",
+    ),
+    BadInput(
+        'gs.attach_domain_head(model, "stage1", name="_domain", example_inputs=x)',
+        "SurgeryError",
+        "name='_domain' begins with an underscore, as the attributes that are no heads do\n"
+        "  for example: name='domain'",
+        "Heads",
+    ),
+    BadInput(
+        "gs.DomainHead(None)",
+        "SurgeryError",
+        "DomainHead, for its classifier, works on an nn.Module; got NoneType: 'None'\n"
+        "  for example: DomainHead(DomainClassifier(512), pool=FeaturePool('nchw'))",
+        "Heads",
+    ),
+    BadInput(
+        "gs.DomainHead(nn.Linear(8, 2), pool=3)",
+        "SurgeryError",
+        "DomainHead, for its pool, works on an nn.Module; got int: '3'\n"
+        "  for example: DomainHead(DomainClassifier(512), pool=FeaturePool('nchw'))",
+        "Heads",
+    ),
+    BadInput(
+        "gs.DomainClassifier(8.0)",
+        "SurgeryError",
+        "the number of input features is 8.0, but must be a whole number of at least 1\n"
+        "  for example: DomainClassifier(512, num_domains=2)",
         "Heads",
     ),
     # Verification
@@ -784,7 +855,7 @@ TABLE = [
     BadInput(
         "gs.param_groups(model, lr=-1.0)",
         "SurgeryError",
-        "lr is -1.0, but must be positive and finite\n  for example: lr=0.01",
+        "lr is -1.0, but must be a positive finite number\n  for example: lr=0.01",
         "Training",
     ),
     BadInput(
@@ -808,6 +879,119 @@ TABLE = [
         "  for example: proxy_a_distance(FeaturePool('nchw')(source), FeaturePool('nchw')(target))",
         "Training",
     ),
+    BadInput(
+        "gs.domain_loss(None, 0)",
+        "ShapeError",
+        "domain_loss works on a tensor, got NoneType\n"
+        "  for example: domain_loss(torch.randn(8, 2), torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]))",
+        "Training",
+    ),
+    BadInput(
+        "gs.domain_loss(torch.randn(4, 2), [0, 0, 1, 1])",
+        "SurgeryError",
+        "domain labels are integers 0 to 1, got list\n"
+        "  for example: domain_loss(logits, torch.tensor([0, 0, 1, 1])), or domain_loss(logits, 0)",
+        "Training",
+    ),
+    BadInput(
+        'gs.domain_loss(torch.randn(2, 2), 0, weights=torch.tensor([1.0, float("inf")]))',
+        "SurgeryError",
+        "weights must not be negative, infinite or nan, and not all zero; the least is 1.0, their sum inf\n"
+        "  for example: domain_loss(logits, domains, weights=entropy_weights(class_logits, domains))",
+        "Training",
+    ),
+    BadInput(
+        "gs.entropy_weights(torch.randn(4, 3), [0, 0, 1, 1])",
+        "ShapeError",
+        "entropy_weights, for its domains, works on a tensor, got list\n"
+        "  for example: entropy_weights(torch.randn(4, 10), torch.tensor([0, 0, 1, 1]))",
+        "Training",
+    ),
+    BadInput(
+        "gs.entropy_weights(torch.tensor([[1, 2], [2, 1]]))",
+        "ShapeError",
+        "class logits of shape (2, 2), torch.int64: expected (B, classes), floating point, not empty\n"
+        "  for example: entropy_weights(torch.randn(4, 10), torch.tensor([0, 0, 1, 1]))",
+        "Training",
+    ),
+    BadInput(
+        "gs.param_groups(None, lr=0.1)",
+        "SurgeryError",
+        "param_groups works on an nn.Module; got NoneType: 'None'\n"
+        "  for example: param_groups(model, lr=0.01)",
+        "Training",
+    ),
+    BadInput(
+        'gs.param_groups(model, lr="0.1")',
+        "SurgeryError",
+        "lr is '0.1', but must be a positive finite number\n  for example: lr=0.01",
+        "Training",
+    ),
+    BadInput(
+        "gs.param_groups(model, lr=0.1, new=model.fc)",
+        "SurgeryError",
+        "new= takes a name or a list of names, got Linear\n"
+        "  for example: param_groups(model, lr=0.01, new='fc')",
+        "Training",
+    ),
+    BadInput(
+        "gs.dann_lr(0.5, alpha=-10)",
+        "SurgeryError",
+        "alpha is -10, but must be a non-negative finite number\n"
+        "  for example: dann_lr(0.5, lr0=0.01, alpha=10.0, beta=0.75)",
+        "Training",
+    ),
+    BadInput(
+        'gs.schedules.delayed("0.5", gs.schedules.dann())',
+        "SurgeryError",
+        "p0 is '0.5', but must be a non-negative finite number\n  for example: delayed(0.5, dann())",
+        "Training",
+    ),
+    BadInput(
+        "gs.schedules.delayed(0.5, gs.schedules.dann)",
+        "SurgeryError",
+        "dann makes schedules and is none itself: call it\n  for example: dann(hi=0.3)",
+        "Training",
+    ),
+    BadInput(
+        "gs.schedules.dann().at_step(5, 0)",
+        "SurgeryError",
+        "total_steps is 0, but must be a positive finite number\n"
+        "  for example: dann().at_step(5, total_steps=1000)",
+        "Training",
+    ),
+    BadInput(
+        'gs.CoefficientScheduler({"a": 3}, gs.schedules.dann(), 10)',
+        "SurgeryError",
+        "'a' is no GradientReversal but of type int\n"
+        "  for example: CoefficientScheduler(reversals(model), dann(), total_steps=1000)",
+        "Training",
+    ),
+    BadInput(
+        "gs.CoefficientScheduler(gs.GradientReversal(), gs.schedules.dann, 10)",
+        "SurgeryError",
+        "dann makes schedules and is none itself: call it\n  for example: dann(hi=0.3)",
+        "Training",
+    ),
+    BadInput(
+        'gs.CoefficientScheduler(gs.insert_grl(model, after="stem"), gs.schedules.dann(), 10, only=3)',
+        "SurgeryError",
+        "only= takes a name or a list of names, got int\n  for example: only='grl_stem'",
+        "Training",
+    ),
+    BadInput(
+        "gs.AdversarialMetrics(None)",
+        "SurgeryError",
+        "AdversarialMetrics works on an nn.Module; got NoneType: 'None'\n"
+        "  for example: AdversarialMetrics(model)",
+        "Training",
+    ),
+    BadInput(
+        "gs.AdversarialMetrics(nn.ModuleDict(dict(domain=gs.DomainHead(nn.Linear(8, 2)))), head=3)",
+        "PointNotFoundError",
+        "there is no domain head 3\n  nearest: domain\n  for example: head='domain'",
+        "Training",
+    ),
     # Files
     BadInput(
         'gs.export(model, "m.h5")',
@@ -821,7 +1005,7 @@ TABLE = [
         'gs.export(model, "nowhere/m.safetensors")',
         "ExportError",
         "there is no folder 'nowhere' to write 'm.safetensors' into\n"
-        "  for example: export(m, 'm.safetensors'), or make the folder first",
+        "  for example: 'm.safetensors', or make the folder first",
         "Files",
     ),
     BadInput(
@@ -862,14 +1046,14 @@ TABLE = [
         'with disk_full(): gs.export(gs.insert_grl(model, after="stem"), "m.pt2", example_inputs=x)',
         "ExportError",
         "m.pt2 cannot be written: No space left on device; what was there before is as it was\n"
-        "  for example: export(m, '/tmp/m.pt2')",
+        "  for example: another folder: '/tmp/m.pt2'",
         "Files",
     ),
     BadInput(
         'with read_only(): gs.export(gs.insert_grl(model, after="stem"), "m.pt2", example_inputs=x)',
         "ExportError",
         "m.pt2 cannot be written: Permission denied; what was there before is as it was\n"
-        "  for example: export(m, '/tmp/m.pt2')",
+        "  for example: another folder: '/tmp/m.pt2'",
         "Files",
     ),
     # The command line
@@ -960,16 +1144,16 @@ TABLE = [
     BadInput(
         "grl-surgery insert nets.py:net --after fc -o m.h5",
         "2",
-        "error: 'm.h5' has an ending that is no format; formats are .safetensors, .pt2, .onnx, and "
-        "a folder of code for a name without an ending\n"
-        "  for example: export(m, 'm.safetensors')",
+        "error: 'm.h5' has an ending that is no format; formats are .safetensors, .pt2, .onnx, and a "
+        "folder of code for a name without an ending\n"
+        "  for example: -o m.safetensors",
         "The command line",
     ),
     BadInput(
         "grl-surgery insert nets.py:net --after fc -o nowhere/m.safetensors",
         "2",
         "error: there is no folder 'nowhere' to write 'm.safetensors' into\n"
-        "  for example: export(m, 'm.safetensors'), or make the folder first",
+        "  for example: 'm.safetensors', or make the folder first",
         "The command line",
     ),
     BadInput(
@@ -983,7 +1167,7 @@ TABLE = [
     BadInput(
         "grl-surgery attach nets.py:net --after stage1 --name fc",
         "2",
-        "error: the network already has an attribute 'fc'\n  for example: name='fc_2'",
+        "error: the network already has an attribute 'fc'\n  for example: --name fc_2",
         "The command line",
     ),
     BadInput(

@@ -107,6 +107,7 @@ class BrokenSurgery:
             where the forward is another one, so that gradients may differ anywhere.
         problem: What is wrong with the network as a whole (a pattern); empty where nothing is.
         forward_identical: Whether the outputs are still those of the reference.
+        difference: How they differ (a pattern).
         coeff: Coefficient of the reversal.
         modes: In which modes it is wrong at all.
         patients: Networks in which it can be done.
@@ -117,6 +118,7 @@ class BrokenSurgery:
     parameters: dict[str, str] | None = field(default_factory=dict)
     problem: str = ""
     forward_identical: bool = True
+    difference: str = ""
     coeff: float = 1.0
     modes: tuple[str, ...] = ("train", "eval")
     patients: tuple[str, ...] = ("small", "resnet18")
@@ -340,6 +342,21 @@ def frozen_by_a_trace_in_eval(m: Spliced, patient: Patient) -> Spliced:
     return m
 
 
+def constant_kept_from_call_to_call(m: Spliced, patient: Patient) -> Spliced:
+    """A tensor that the forward makes anew and changes: traced as a constant, it is made once."""
+    m.register_buffer("made", torch.zeros(()), persistent=False)
+    place = node_called(m, "fc")
+    (user,) = place.users
+    with m.graph.inserting_after(place):
+        constant = m.graph.get_attr("made")
+    with m.graph.inserting_after(constant):
+        one = m.graph.call_method("add_", (constant, 1))
+    with m.graph.inserting_after(one):
+        user.replace_input_with(place, m.graph.call_function(operator.mul, (place, one)))
+    m.recompile()
+    return m
+
+
 # --- A changed module
 
 
@@ -492,7 +509,14 @@ BROKEN = {
         parameters={"one branch": LOST, "upstream": " .* times"},
         patients=("small",),
     ),
-    "output nudged": BrokenSurgery(output_nudged, forward_identical=False),
+    "output nudged": BrokenSurgery(
+        output_nudged, forward_identical=False, difference="output has other values than in the reference"
+    ),
+    "constant kept from call to call": BrokenSurgery(
+        constant_kept_from_call_to_call,
+        forward_identical=False,
+        difference="in a second call, output has other values than in the reference",
+    ),
     "dropout in the graph": BrokenSurgery(dropout_added, parameters=None, forward_identical=False),
     "gradient out of nowhere": BrokenSurgery(
         gradient_out_of_nowhere,
@@ -509,7 +533,12 @@ BROKEN = {
     "block stuck in eval": BrokenSurgery(
         stuck_in_eval, parameters=None, forward_identical=False, modes=("train",)
     ),
-    "statistics not kept": BrokenSurgery(statistics_not_kept, forward_identical=False, modes=("train",)),
+    "statistics not kept": BrokenSurgery(
+        statistics_not_kept,
+        forward_identical=False,
+        difference=r"it leaves other values in the buffer '.*running_mean'",
+        modes=("train",),
+    ),
     "upstream frozen": BrokenSurgery(
         upstream_frozen, NO_GRADIENT, problem="no parameter upstream of a reversal receives a gradient"
     ),

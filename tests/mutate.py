@@ -118,7 +118,7 @@ MUTANTS = [
     Mutant("tracer.py", "_MACHINERY = (TORCH, ", '_MACHINERY = (f"{TORCH}fx", '),
     Mutant("opaque.py", "        if proxy is None:\n", "        if True:\n", KINDS),
     Mutant("scoped.py", "root_can = not heads", "root_can = False"),
-    Mutant("oracle.py", "given=part.arguments", "given=None", KINDS),
+    Mutant("oracle.py", "given=part.grl_surgery.arguments", "given=None", KINDS),
     Mutant("points.py", "seen[base] += 1", "seen[base] += 2"),
     Mutant("points.py", "total[base] == 1", "total[base] >= 1"),
     Mutant("points.py", 'return path.replace("#", "##")', "return path"),
@@ -132,7 +132,7 @@ MUTANTS = [
     Mutant("sharing.py", "twin[key] = OrderedDict()", "twin[key] = value"),
     Mutant("sharing.py", "copied = copies[id(value)] = value.copy()", "copied = value"),
     Mutant("sharing.py", "twin.module = weakref.ref(copies.get(id(module), module))", "pass"),
-    Mutant("spliced_module.py", "        self._original.train(mode)\n", ""),
+    Mutant("spliced_module.py", "        self.grl_original.train(mode)\n", ""),
     Mutant("spliced_module.py", "persistent=False", "persistent=True"),
     Mutant(
         "spliced_module.py",

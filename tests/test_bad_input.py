@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from bad_input import TABLE, complaint_of, hooked, raised_by
@@ -48,6 +50,11 @@ def test_there_are_sixty_cases_and_no_two_are_alike():
     assert len({row.call for row in TABLE}) == len(TABLE) >= 60
 
 
+def test_every_error_is_one_of_this_library_or_an_interruption():
+    raised = {row.error for row in TABLE if not row.error.isdigit()}
+    assert all(issubclass(getattr(gs, name), gs.SurgeryError) for name in raised - {"KeyboardInterrupt"})
+
+
 def test_the_page_of_errors_is_made_from_the_table():
     text = runpy.run_path(str(ROOT / "docs" / "write_errors.py"))["page"]()
     assert (ROOT / "docs" / "errors.md").read_text(encoding="utf-8") == text, "run docs/write_errors.py"
@@ -81,6 +88,42 @@ def test_surgery_without_gradients_gives_a_network_with_gradients(context):
     assert report.ok
     plain, found = gradients(model, x), gradients(spliced, x)
     assert torch.equal(found["stem.weight"], -plain["stem.weight"])
+
+
+@pytest.mark.parametrize(
+    ("make", "same"),
+    [
+        (lambda number: gs.DomainClassifier(number(8)).in_features, 8),
+        (lambda number: gs.domain_loss(torch.eye(2), number(1)), gs.domain_loss(torch.eye(2), 1)),
+        (
+            lambda number: gs.CoefficientScheduler(gs.GradientReversal(), abs, number(9)).state_dict()[
+                "total_steps"
+            ],
+            9,
+        ),
+    ],
+    ids=["a size", "a label", "a number of steps"],
+)
+def test_a_whole_number_of_numpy_is_one(make, same):
+    made = make(np.int64)
+    assert (made, type(made)) == (same, type(same))
+
+
+def test_the_largest_number_of_float32_is_a_coefficient():
+    largest = torch.finfo(torch.float32).max
+    layer = gs.GradientReversal(largest)
+    assert layer.coeff == largest
+    for too_large in (math.nextafter(largest, math.inf), torch.tensor(1e39, dtype=torch.float64), 10**400):
+        with pytest.raises(gs.SurgeryError, match=r"float32, where it would be infinite"):
+            layer.set_coeff(too_large)
+    assert layer.coeff == largest
+    assert gs.reverse_gradient(torch.ones(1, dtype=torch.float64), 1e300) == 1
+
+
+def test_a_learning_rate_may_be_a_tensor():
+    model = nn.ModuleDict({"fc": nn.Linear(2, 2)})
+    (group,) = gs.param_groups(model, lr=torch.tensor(0.5), new="fc")
+    assert group["lr"] == 5.0
 
 
 def test_after_an_interrupted_verification_the_next_one_passes():

@@ -65,7 +65,8 @@ def assert_rejected_for_its_own_reason(
     broken: BrokenSurgery, report: gs.FlipReport, model: nn.Module, patient: Patient
 ) -> None:
     assert not report.ok, "it was accepted"
-    assert report.forward_identical == broken.forward_identical
+    assert report.forward_identical == broken.forward_identical == (not report.difference)
+    assert re.search(broken.difference, report.difference)
     assert bool(report.problems) == bool(broken.problem), report.problems
     assert re.search(broken.problem, "\n".join(report.problems))
     for reversal in report.reversals:
@@ -124,7 +125,7 @@ def test_a_broken_head_is_rejected_for_its_own_reason(broken: BrokenSurgery, mod
     [
         ("sign kept", r"reversal grl_stem \(after stem\): .*not -1 times the one that enters.* 1 times"),
         ("too late", r"- parameter left\.weight: its gradient is reversed, and should not be"),
-        ("output nudged", "- the forward differs from the reference"),
+        ("output nudged", "- the forward differs from the reference: output has other values"),
         ("upstream frozen", r"- reversal grl_stem \(after stem\): no gradient reaches it"),
     ],
 )

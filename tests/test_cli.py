@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,15 +12,16 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
 
 import grl_surgery
 from grl_surgery import cli, verification
+from grl_surgery.commands import graph as graph_command
 from grl_surgery.commands import networks as networks_of_commands
-from grl_surgery.commands.streams import in_shell_words
+from grl_surgery.commands.shell_words import in_shell_words
 
 NETWORKS = '''
 import torch
@@ -531,7 +533,7 @@ def test_strip_that_changes_the_network_exits_with_1(
     command: Command, networks: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def wrong(model: torch.nn.Module) -> torch.nn.Module:
-        stripped = model._original
+        stripped = model.grl_original
         stripped.last = torch.nn.Linear(4, 2)
         return stripped
 
@@ -598,10 +600,93 @@ def test_an_interrupt_exits_with_130(command: Command, networks: str) -> None:
         ("coeff=0.5", "--coeff 0.5"),
         ("insert_grl(model, after='layer3', coeff=0.5)", "insert_grl(model, after='layer3', coeff=0.5)"),
         ("print(grl_surgery.graph(model)) lists the points", "'grl-surgery graph MODEL' lists the points"),
+        ("edge=('layer2', 'layer3.0.conv1')", "--edge 'layer2 -> layer3.0.conv1'"),
+        ("after='layer3', after='glob:a.*', after=torch.nn.Conv2d", "--after layer3, --after 'glob:a.*'"),
+        ("load(path, model=Net(...))", "--model file.py:factory"),
+        ("load(path, heads={'domain': MyHead()})", "load(path, heads={'domain': MyHead()}) in Python"),
+        ("export(m, 'a.pt2'), or in a file", "-o a.pt2, or in a file"),
+        ("grl_surgery.export(m, 'a.pt2')", "grl-surgery export MODEL -o a.pt2"),
+        ("export(m, 'a.pt2', dynamic=False)", "grl-surgery export MODEL -o a.pt2 --static"),
+        ("export(m, 'a.onnx', heads=['d'])", "grl-surgery export MODEL -o a.onnx --head d"),
+        ("export(load('a.safetensors'), 'a.onnx')", "grl-surgery export a.safetensors -o a.onnx"),
+        (
+            "export(m, 'a.pt2', example_inputs=(torch.randn(2, 3, 224, 224),))",
+            "-o a.pt2 --input-size 3x224x224",
+        ),
+        ("load(no call of Python", "load(no call of Python"),
+        ("load(no call of Python)", "load(no call of Python)"),
     ],
 )
 def test_examples_in_messages_are_written_for_the_shell(message: str, shown: str) -> None:
     assert in_shell_words(message) == shown
+
+
+def test_a_file_without_a_name_in_it_is_answered_with_those_in_it(command: Command, networks: str) -> None:
+    done = command("insert", networks, "--after", "first")
+    assert done.code == 2
+    assert f"nearest: {networks}:Block, {networks}:Net" in done.err
+    assert "printed by the file" not in done.err
+
+
+def test_a_file_in_no_folder_is_refused_in_words_of_any_option(command: Command, networks: str) -> None:
+    done = command("verify", f"{networks}:net", "--after", "first", "--html", "nowhere/x.html")
+    assert done.code == 2
+    assert "for example: 'x.html', or make the folder first" in done.err
+
+
+# --- nothing is ignored -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["verify", "{net}", "--after", "first", "--model", "{net}"], "--model says what made"),
+        (["verify", "{broken}", "--coeff", "7"], "have their own"),
+        (["verify", "m.pt2", "--mode", "eval"], "leave out --mode"),
+        (["graph", "{net}", "--batch", "8"], "--input-size makes"),
+        (["graph", "{net}", "--json", "--edges"], "--json and --edges are ways to show"),
+        (["insert", "{net}", "--after", "first", "--dry-run", "-o", "m.safetensors"], "writes nothing"),
+        (["insert", "{net}", "--after", "first", "-o", ""], "is no name of a file"),
+        (["insert", "{net}", "--after", "first", "-o", "-"], "is no name of a file"),
+        (["strip", "m.safetensors", "--after", "first"], "leave out --after"),
+        (["export", "{net}", "-o", "m.safetensors", "--inference"], "--inference is not what"),
+        (["export", "{net}", "-o", "m.safetensors", "--static"], "records one batch size"),
+        (["zoo", "none/*", "--resume"], "none is named"),
+        (["zoo", "none/*", "--ledger", "nowhere/x.jsonl"], "there can be no file"),
+        (["verify", "{net}", "--after", "first", "--seed", "9" * 20], "more than 64 bits"),
+        (["graph", "{net}", "--input-size", "5"], "does not run on inputs of 2x5"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(
+    words: list[str],
+    reason: str,
+    command: Command,
+    networks: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    places = {f"{{{name}}}": f"{networks}:{name}" for name in ("net", "broken")}
+    done = command(*(places.get(word, word) for word in words))
+    assert done.code == 2
+    assert reason in done.err
+    assert [entry for entry in sorted(tmp_path.iterdir()) if entry.suffix != ""] == before
+
+
+def test_a_program_is_not_cut(command: Command, networks: str, tmp_path: Path) -> None:
+    file = str(tmp_path / "m.pt2")
+    assert command("insert", f"{networks}:net", "--after", "first", "-o", file).code == 0
+    for words in (["strip", file], ["insert", file, "--after", "first"], ["attach", file, "--after", "last"]):
+        done = command(*words)
+        assert done.code == 2
+        assert "a program is complete, and cannot be cut or stripped" in done.err
+    assert ".pt2 cannot be cut" in " ".join(re.findall(r"[\w.]+", command("strip", "--help").out))
+
+
+def test_a_depth_beyond_the_network_is_that_of_the_network(command: Command, networks: str) -> None:
+    shown = [command("graph", f"{networks}:net", "--depth", depth).out for depth in ("3", "99999999")]
+    assert shown[0] == shown[1]
 
 
 # --- streams ----------------------------------------------------------------------------------------
@@ -636,6 +721,37 @@ def test_a_pipe_that_is_closed_ends_it_quietly(networks: str) -> None:
         process.stdout.close()
         assert process.stderr.read() == "printed by the file\n"
     assert process.returncode == 128 + signal.SIGPIPE
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a file that is always full")
+@pytest.mark.parametrize(
+    ("streams", "code", "said"),
+    [
+        ("2>&-", 0, ""),
+        (">&-", 2, "standard output is closed"),
+        (">/dev/full", 2, "standard output cannot be written or read: No space left"),
+    ],
+)
+def test_the_status_is_1_only_where_a_check_failed(streams: str, code: int, said: str, networks: str) -> None:
+    words = [sys.executable, "-m", "grl_surgery", "verify", f"{networks}:net", "--after", "first"]
+    done = subprocess.run(
+        f"{shlex.join(words)} {streams}", shell=True, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == code
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_error_of_ours_is_a_traceback_and_not_a_check_that_failed(
+    command: Command, networks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mistaken(*args: Any, **choices: Any) -> NoReturn:
+        raise LookupError("a mistake")
+
+    monkeypatch.setattr(graph_command, "_graphs", mistaken)
+    done = command("graph", f"{networks}:net")
+    assert done.code == 2
+    assert "LookupError: a mistake" in done.err
 
 
 def _in_a_terminal(words: list[str], **environment: str) -> str:

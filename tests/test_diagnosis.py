@@ -138,7 +138,57 @@ def test_every_verdict_but_the_good_one_comes_with_what_to_do() -> None:
     assert {row.verdict for row in rows if not row.fix} == {"reverses"}
 
 
+# --- what is not found
+
+
+class InTheForward(Network):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.features(x)
+        return self.classifier(features), self.domain(2 * features.detach() - features)
+
+
+def test_where_nothing_is_found_the_verdict_says_what_cannot_be_found() -> None:
+    found = gs.diagnose(InTheForward(), IMAGES)
+    assert found.findings == ()
+    assert "arithmetic such as 2 * x.detach() - x is seen in a module of its own only" in found.verdict
+
+
 # --- errors
+
+
+@pytest.mark.parametrize("verb", [gs.find_reversals, gs.diagnose, gs.adopt, gs.assert_flips])
+@pytest.mark.parametrize(
+    ("inputs", "complaint"),
+    [
+        (torch.ones(4, 5), r"inputs of 4x5: RuntimeError: .*mat1 and mat2 shapes cannot be multiplied"),
+        ("x", r"inputs of 'x': TypeError"),
+        ((IMAGES, 0.5), r"inputs of 4x6, 0\.5: TypeError: .*2 positional arguments but 3 were given"),
+        ((), r"inputs of nothing: TypeError: .*missing 1 required positional argument"),
+    ],
+)
+def test_inputs_that_the_network_does_not_take_are_no_diagnosis(
+    verb: Any, inputs: Any, complaint: str
+) -> None:
+    with pytest.raises(gs.SurgeryError, match=f"this Network does not run on {complaint}") as raised:
+        verb(Network(Layer()), inputs)
+    assert not isinstance(raised.value, gs.FlipError)
+
+
+class InRows(nn.Module):
+    """A module without weights, which fails on inputs that do not fit, as a broken reversal does on any."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(-1, 12)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [nn.Sequential(InRows(), nn.Linear(12, 2)), nn.Sequential(Layer(), nn.Linear(6, 2))],
+    ids=["in a module without weights", "behind a reversal"],
+)
+def test_a_reversal_is_not_blamed_for_inputs_that_do_not_fit(model: nn.Module) -> None:
+    with pytest.raises(gs.SurgeryError, match="does not run on inputs of 1x5"):
+        gs.find_reversals(model, torch.ones(1, 5))
 
 
 def test_a_network_without_known_inputs_is_refused() -> None:
@@ -223,6 +273,62 @@ def test_the_tensors_of_the_caller_are_not_written() -> None:
     assert float(model.coeff) == 0.5
 
 
+# --- a gradient that is overwritten
+
+
+class InPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0].mul_(-0.5)
+
+
+class HookInPlace(nn.Module):
+    def __init__(self, hook: Any) -> None:
+        super().__init__()
+        self.hook = hook
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.clone()
+        if y.requires_grad:
+            y.register_hook(self.hook)
+        return y
+
+
+def overwrite(gradient: Tensor) -> None:
+    gradient.mul_(-0.5)
+
+
+def hooked_in_place() -> nn.Module:
+    network = Network()
+    network.features.register_full_backward_hook(lambda module, left, entered: (left[0].mul_(-0.5),))
+    return network
+
+
+OVERWRITING = {
+    "a Function": lambda: Network(Bare(InPlace)),
+    "a hook that returns it": lambda: Network(HookInPlace(lambda gradient: gradient.mul_(-0.5))),
+    "a hook that returns nothing": lambda: Network(HookInPlace(overwrite)),
+    "a full backward hook": hooked_in_place,
+}
+
+
+@pytest.mark.parametrize("name", OVERWRITING)
+def test_a_reversal_that_overwrites_the_gradient_is_a_reversal(name: str) -> None:
+    (row,) = gs.find_reversals(OVERWRITING[name](), IMAGES)
+    assert (row.verdict, row.factor) == ("reverses", -0.5)
+
+
+def test_that_it_overwrites_the_gradient_is_named() -> None:
+    (row,) = gs.find_reversals(Network(Bare(InPlace)), IMAGES)
+    assert row.remarks == (
+        "its backward overwrites the gradient it is given, which another branch may share",
+    )
+
+
 # --- the measurement itself
 
 
@@ -250,7 +356,7 @@ def test_a_doctor_that_measures_nothing_is_caught(monkeypatch: pytest.MonkeyPatc
 
 def test_an_empty_diagnosis_is_not_good() -> None:
     assert not Diagnosis(()).ok
-    assert "nothing in this network" in str(Diagnosis(()))
+    assert "hook in this network reverses a gradient" in str(Diagnosis(()))
 
 
 def test_a_warm_start_moves_and_is_alive() -> None:

@@ -80,13 +80,19 @@ def test_json_is_all_that_is_printed(networks: str, capsys: pytest.CaptureFixtur
     [
         (":unknown", "nothing says what inputs networks_of_the_doctor.py:unknown takes"),
         (":pastd", "has no 'pastd'"),
-        ("", "does not say where the model comes from"),
+        ("", "for example: networks_of_the_doctor.py:"),
     ],
 )
 def test_a_request_that_cannot_be_met_is_exit_status_2(
     networks: str, source: str, complaint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(networks + source) == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_inputs_that_do_not_fit_are_exit_status_2(networks: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(f"{networks}:pasted", "--input-size", "5") == 2
+    complaint = f"{networks}:pasted does not run on inputs of 4x5: RuntimeError: "
     assert complaint in capsys.readouterr().err
 
 
@@ -99,4 +105,6 @@ def test_pytest_finds_the_fixture_in_a_project_that_uses_it(tmp_path: Path) -> N
     command = [sys.executable, "-m", "pytest", "-q", str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert ended.returncode == 1
-    assert "FlipError: nothing in this network reverses a gradient" in ended.stdout
+    assert (
+        "FlipError: no module, autograd Function or hook in this network reverses a gradient" in ended.stdout
+    )

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import functools
 import warnings
+from typing import Any
 
 import pytest
 import torch
-from pasted_variants import IMAGES, VARIANTS, Layer, Network, ReverseLayerF
+from pasted_variants import IMAGES, VARIANTS, Bare, Layer, Network, ReverseLayerF
 from torch import Tensor, nn
 
 import grl_surgery as gs
 from grl_surgery.doctor.contexts import CONTEXTS, Context, Ready
 from grl_surgery.doctor.rig import Rig
 from grl_surgery.doctor.survey import survey
+
+
+class InPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0].neg_()
+
 
 EAGER = {"eager, train mode": "alive", "eager, eval mode": "alive"}
 COPIES = {"autocast to bfloat16": "alive", "checkpointing": "alive", "copy.deepcopy": "alive"}
@@ -82,6 +94,48 @@ def test_ours_is_alive_everywhere() -> None:
 def test_what_reverses_nothing_is_not_surveyed(name: str) -> None:
     found = diagnosis(name)
     assert (found.outcomes, found.after, found.ok) == ((), (), False)
+
+
+def test_a_backward_that_overwrites_the_gradient_is_lost_in_the_same_places() -> None:
+    found = survey(Network(Bare(InPlace)), IMAGES)
+    assert statuses(tuple(found)) == PASTED
+
+
+def test_a_coefficient_that_starts_at_0_is_alive_once_adopted() -> None:
+    found = diagnosis("warm start from zero")
+    assert statuses(found.outcomes) == PASTED
+    assert statuses(found.after) == ALIVE
+
+
+@pytest.mark.parametrize("name", ["coefficient 0", "warm start by hand", "features frozen", "reversed twice"])
+def test_the_contexts_are_compared_wherever_a_gradient_arrives_on(name: str) -> None:
+    assert gs.adopt(VARIANTS[name].make(), VARIANTS[name].inputs).alive_everywhere
+
+
+@pytest.mark.parametrize("name", ["logits not returned", "softmax over one unit"])
+def test_where_no_gradient_arrives_no_context_is_judged_on(name: str) -> None:
+    adoption = gs.adopt(VARIANTS[name].make(), VARIANTS[name].inputs)
+    assert adoption.outcomes == ()
+    assert not adoption.alive_everywhere
+    assert "no gradient arrives there" in adoption.verdict
+
+
+@pytest.mark.parametrize("coeff", [0.0, 0.5])
+def test_a_reversal_that_a_context_loses_is_lost_whatever_its_coefficient(coeff: float) -> None:
+    found = survey(Network(Layer(ReverseLayerF, coeff)), IMAGES, contexts=CONTEXTS[:1])
+    assert found[-1].status == "LOST"
+
+
+class TrainsOnly(Network):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.training:
+            raise ValueError("for training only")
+        return super().forward(x)
+
+
+def test_a_network_that_does_not_run_in_eval_mode_is_an_error_there() -> None:
+    found = survey(TrainsOnly(Layer()), IMAGES, contexts=[])
+    assert (found[-1].status, found[-1].note) == ("error", "ValueError: for training only")
 
 
 # --- dropout, batch norm, and more than one reversal
@@ -194,7 +248,9 @@ def test_assert_flips_says_what_is_lost_and_where() -> None:
 
 
 def test_assert_flips_fails_without_a_reversal() -> None:
-    with pytest.raises(gs.FlipError, match="nothing in this network reverses a gradient"):
+    with pytest.raises(
+        gs.FlipError, match="no module, autograd Function or hook in this network reverses a gradient"
+    ):
         gs.assert_flips(Network(), IMAGES)
 
 

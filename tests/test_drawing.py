@@ -224,7 +224,7 @@ def test_the_diff_is_of_the_present_mode() -> None:
 def test_the_edges_of_a_reversal_are_those_that_it_cuts(selector: dict[str, str], edges: list[str]) -> None:
     # Opened by a second cut, so that every edge is seen between the same operations.
     spliced = _spliced(insert_grl(Nested(), after="first.1.fc#2"), **selector)
-    found = [str(edge) for edge in reversed_edges(spliced, spliced.cuts[-1])]
+    found = [str(edge) for edge in reversed_edges(spliced, spliced.grl_surgery.cuts[-1])]
     assert sorted(e.replace("first.0.add#1", "first.0#1") for e in found) == sorted(edges)
 
 
@@ -238,7 +238,9 @@ def test_the_edges_behind_an_item_of_a_value_end_in_the_users_of_the_whole() -> 
             return self.lstm(x)
 
     spliced = _spliced(Net(), after="lstm[0]")
-    assert [str(edge) for edge in reversed_edges(spliced, spliced.cuts[0])] == ["lstm[0] -> output"]
+    assert [str(edge) for edge in reversed_edges(spliced, spliced.grl_surgery.cuts[0])] == [
+        "lstm[0] -> output"
+    ]
 
 
 def test_the_examples_in_the_docstrings_run() -> None:

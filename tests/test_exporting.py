@@ -21,6 +21,7 @@ from torch import nn
 
 import grl_surgery as gs
 from grl_surgery.files.programs import for_inference, inputs_for, record
+from grl_surgery.loaded_program import check_no_program, is_program
 
 
 @dataclass
@@ -179,7 +180,7 @@ def test_every_kind_of_cut_is_replayed(
         m = gs.insert_grl(net, edge=gs.graph(net).edges[-2])
     path = gs.export(m, tmp_path / "m.safetensors")
     again = gs.load(path, model=net)
-    assert again.cuts == m.cuts
+    assert again.grl_surgery.cuts == m.grl_surgery.cuts
     assert again.code == m.code
     assert gs.verify_flip(again, net, small_networks.vector()).ok
 
@@ -598,3 +599,70 @@ def test_blocks_that_assign_to_lists_and_leave_autocast_are_recorded(
     again = gs.load(tmp_path / "m.pt2")
     assert torch.equal(again(x), model(x))
     assert gs.verify_flip(again, example_inputs=(x,)).ok
+
+
+# ------------------------------------------------------------------------------- nothing does nothing
+
+
+@pytest.mark.parametrize(
+    ("name", "choices", "reason"),
+    [
+        ("m.safetensors", {"purpose": "bogus"}, "purpose='bogus' is not known"),
+        ("m.safetensors", {"purpose": "inference"}, "always keeps reversals"),
+        ("folder", {"purpose": "inference"}, "always keeps reversals"),
+        ("m.onnx", {"purpose": "training"}, "always has no reversals"),
+        ("folder", {"dynamic": False}, "a folder is none"),
+        ("m.pt2", {"source": "timm/resnet18"}, "is complete without"),
+        ("m.safetensors", {"options": 3}, "are names and values"),
+        ("m.onnx", {"heads": 3}, "takes a name or a list of names"),
+        ("", {}, "is no name of a file"),
+        (None, {}, "got NoneType"),
+    ],
+)
+def test_a_choice_that_the_format_does_not_know_is_refused(
+    name: str | None, choices: dict[str, Any], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    m = gs.insert_grl(small_networks.Net(), after="stage1")
+    with pytest.raises(gs.SurgeryError, match=reason):
+        gs.export(m, name, small_networks.image(), **choices)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("given", [{"model": "timm/resnet18"}, {"model": 3}, {"heads": 3}, {"path": None}])
+def test_what_is_no_path_network_or_head_is_refused_by_load(given: dict[str, Any]) -> None:
+    with pytest.raises(gs.ExportError, match=f"got {type(next(iter(given.values()))).__name__}"):
+        gs.load(**{"path": "m.safetensors", **given})
+
+
+def test_one_head_may_be_named_without_a_list(tmp_path: Path) -> None:
+    _, m = CASES["cnn"].spliced()
+    path = gs.export(m, tmp_path / "m.onnx", CASES["cnn"].inputs, heads="domain")
+    assert [row.name for row in onnxruntime.InferenceSession(path).get_outputs()] == ["output", "domain"]
+
+
+@pytest.mark.parametrize("name", ["m.pt2", "m.onnx"])
+def test_one_example_records_any_batch_size(name: str, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
+    path = gs.export(gs.insert_grl(model, after="0"), tmp_path / name, torch.randn(1, 6))
+    for batch in (1, 7):
+        x = torch.randn(batch, 6)
+        if name == "m.onnx":
+            found = onnxruntime.InferenceSession(path).run(None, {"input": x.numpy()})[0]
+        else:
+            found = gs.load(path)(x).detach().numpy()
+        torch.testing.assert_close(torch.from_numpy(found), model(x).detach())
+
+
+def test_a_program_that_was_read_is_known_and_only_copied(tmp_path: Path) -> None:
+    x = small_networks.image()
+    m = gs.insert_grl(small_networks.Net(), after="stage1")
+    program = gs.load(gs.export(m, tmp_path / "m.pt2", x))
+    assert is_program(copy.deepcopy(program))
+    assert not is_program(m)
+    with pytest.raises(gs.SurgeryError, match="cannot be cut or stripped"):
+        check_no_program(program, "strip")
+    for name in ("m.safetensors", "m.onnx", "folder"):
+        with pytest.raises(gs.ExportError, match="a program is complete"):
+            gs.export(program, tmp_path / name, x)
+    assert gs.reversals(gs.load(gs.export(program, tmp_path / "again.pt2", x)))

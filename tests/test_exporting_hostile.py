@@ -377,9 +377,70 @@ def test_a_folder_that_export_did_not_write_is_not_replaced(tmp_path: Path) -> N
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("years of work")
     m = gs.insert_grl(small_networks.Net(), after="stage1")
-    with pytest.raises(gs.ExportError, match="was not written by export, so it is not replaced"):
+    with pytest.raises(gs.ExportError, match=r"is not replaced, .*: chapter1\.tex"):
         gs.export(m, tmp_path / "thesis", small_networks.image())
     assert (tmp_path / "thesis" / "chapter1.tex").read_text() == "years of work"
+
+
+def test_a_folder_that_was_added_to_or_edited_is_not_replaced(tmp_path: Path) -> None:
+    x = small_networks.image()
+    m = gs.insert_grl(small_networks.Net(), after="stage1")
+    folder = gs.export(m, tmp_path / "spliced", x)
+    (folder / "__pycache__").mkdir()  # as importing model.py leaves it
+    gs.export(m, folder, x)
+    (folder / ".git").mkdir()
+    for name in ("README.md", "model.py", "config.json"):
+        text = (folder / name).read_text()
+        (folder / name).write_text(text.replace("grl_surgery", "my_name"))
+    with pytest.raises(gs.ExportError, match=r": \.git, README\.md, config\.json, model\.py\n"):
+        gs.export(m, folder, x)
+    assert "my_name" in (folder / "README.md").read_text()
+    assert (folder / ".git").is_dir()
+
+
+def test_what_an_interrupted_export_left_is_not_removed_where_it_is_not_ours(tmp_path: Path) -> None:
+    previous = tmp_path / ".spliced.previous"
+    previous.mkdir()
+    (previous / "mine").touch()
+    m = gs.insert_grl(small_networks.Net(), after="stage1")
+    with pytest.raises(gs.ExportError, match="is not replaced"):
+        gs.export(m, tmp_path / "spliced", small_networks.image())
+    assert (previous / "mine").exists()
+
+
+# ----------------------------------------------------------------------------------- links and permissions
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other permissions")
+def test_a_new_file_has_the_permissions_of_any_new_file_and_keeps_those_it_had(tmp_path: Path) -> None:
+    (tmp_path / "any").touch()
+    m = gs.insert_grl(small_networks.Net(), after="stage1")
+    path = gs.export(m, tmp_path / "m.safetensors")
+    folder = gs.export(m, tmp_path / "spliced", small_networks.image())
+    assert {mode(file) for file in (path, *folder.iterdir())} == {mode(tmp_path / "any")}
+    path.chmod(0o640)
+    (folder / "model.py").chmod(0o600)
+    gs.export(m, path)
+    gs.export(m, folder, small_networks.image())
+    assert mode(path) == 0o640
+    assert mode(folder / "model.py") == 0o600
+
+
+def mode(path: Path) -> int:
+    return path.stat().st_mode & 0o777
+
+
+@pytest.mark.parametrize("name", ["m.safetensors", "spliced"])
+def test_a_link_stays_and_what_it_leads_to_is_replaced(name: str, tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    link, stored = tmp_path / name, tmp_path / "store" / "0f3a"
+    link.symlink_to(stored)
+    m = gs.insert_grl(small_networks.Net(), after="stage1")
+    for _ in range(2):
+        gs.export(m, link, small_networks.image())
+        assert link.is_symlink()
+    assert [entry.name for entry in stored.parent.iterdir()] == ["0f3a"]
+    assert gs.reversals(gs.load(link, model=small_networks.Net()))
 
 
 # ------------------------------------------------------------------------------------------ atomic writing

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -11,6 +13,7 @@ from test_splicing import assert_same_gradients, gradients, names
 from torch import nn
 
 import grl_surgery as gs
+from grl_surgery.in_place import _VIEWS, _VIEWS_OF_SEVERAL
 from grl_surgery.tracing import trace
 
 
@@ -202,8 +205,9 @@ class BlockResultOverwritten(Layers):
         return self.b(x) + y
 
 
-def test_a_reversal_of_a_result_that_may_be_the_argument_is_refused_where_it_would_be_lost(x):
-    model = BlockResultOverwritten(MayReturnItsArgument()).eval()
+@pytest.mark.parametrize("block", [MayReturnItsArgument(), nn.AlphaDropout()])
+def test_a_reversal_of_a_result_that_may_be_the_argument_is_refused_where_it_would_be_lost(x, block):
+    model = BlockResultOverwritten(block).eval()
     for keywords in ({"after": "block"}, {"before": "block"}):
         with pytest.raises(
             gs.SurgeryError, match=r"'mul_' overwrites in place what 'a' reads again afterwards"
@@ -266,6 +270,163 @@ def test_a_reversal_elsewhere_in_a_network_with_views_that_are_overwritten_is_pr
     plain, found = gradients(model, x), gradients(spliced, x)
     assert_same_gradients(found, {name: -gradient for name, gradient in plain.items()})
     assert gs.verify_flip(spliced, model, x).ok
+
+
+class Touched(Layers):
+    """A function gets a value, its result is left alone, and the value is read again."""
+
+    def __init__(self, touch: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.touch = touch
+
+    def forward(self, x):
+        h = self.a(x) * 1.0
+        self.touch(h)
+        return self.b(h)
+
+
+VIEWS = {
+    "T": lambda h: h.T,
+    "mH": lambda h: h.mH,
+    "real": lambda h: h.real,
+    "data": lambda h: h.data,
+    "t": lambda h: torch.t(input=h),
+    "ravel": lambda h: h.ravel(),
+    "cpu": lambda h: h.cpu(),
+    "float": lambda h: h.float(),
+    "type": lambda h: h.type(torch.float32),
+    "pos": lambda h: +h,
+    "adjoint": lambda h: h.adjoint(),
+    "broadcast_to": lambda h: h.broadcast_to(4, 6),
+    "hsplit": lambda h: torch.hsplit(h, 2)[0],
+    "broadcast_tensors": lambda h: torch.broadcast_tensors(torch.ones(6), h)[1],
+    "atleast_2d": lambda h: torch.atleast_2d(h),
+    "einsum": lambda h: torch.einsum("ij->ji", h),
+    "sum_to_size": lambda h: h.sum_to_size(4, 6),
+    "to_dense": lambda h: h.to_dense(),
+    "alpha_dropout": lambda h: F.alpha_dropout(h, 0.5, training=False),
+    "view": lambda h: torch.ops.aten.view.default(h, [-1]),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_no_reversal_comes_between_a_view_that_is_overwritten_and_the_whole(view):
+    model = Touched(lambda h: view(h).mul_(3.0))
+    viewed = next(edge for edge in gs.graph(model).edges if edge.source == "mul")
+    for keywords in (
+        {"edge": viewed},
+        {"after": viewed.target + "[1]" * ("tensors" in viewed.target)},
+        {"before": "mul_"},
+    ):
+        with pytest.raises(gs.SurgeryError, match=r"'mul_' overwrites in place what 'mul' reads again"):
+            gs.insert_grl(model, **keywords)
+
+
+def aliasing_operators() -> set[str]:
+    """By their schemas, the operators of which a result may lie in the memory of an argument."""
+    schemas = (schema for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("aten::"))
+    aliased = (
+        schema.name.removeprefix("aten::")
+        for schema in schemas
+        if any(a.alias_info is not None and not a.alias_info.is_write for a in schema.arguments)
+    )
+    places = (torch, torch.Tensor, F)
+    return {name for name in aliased if name[0] != "_" and any(hasattr(place, name) for place in places)}
+
+
+def methods_that_return_their_memory() -> set[str]:
+    """Tried on small tensors: attributes and methods whose result lies in the memory of the tensor."""
+    found = set()
+    for h in (torch.ones(2, 2), torch.ones(2, 2, 2), torch.ones(2, dtype=torch.complex64)):
+        for name in (name for name in dir(h) if name[0] != "_" and name[-1] != "_"):
+            for args in ((), (0,), (0, 0), (1,), (0, 0, 1), (h.shape,), (h,), (h.dtype,)):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    try:
+                        value = getattr(h, name)
+                        value = value(*args) if callable(value) else value
+                        parts = value if isinstance(value, (tuple, list)) else [value]
+                        if any(part.untyped_storage().data_ptr() == h.data_ptr() for part in parts):
+                            found.add(name)
+                    except Exception:
+                        continue
+    return found
+
+
+def test_every_operator_that_may_return_the_memory_of_an_argument_is_known():
+    missing = (aliasing_operators() | methods_that_return_their_memory()) - _VIEWS - _VIEWS_OF_SEVERAL
+    attributes, internal = {"H", "T", "data"}, {"index", "module_load", "new"}
+    assert missing <= attributes | internal  # an attribute is a getattr in a graph
+
+
+class Overwrites(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.mark_dirty(x)
+        return x.mul_(2.0)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * 2.0
+
+
+@torch.library.custom_op("grl_surgery_tests::halve_", mutates_args={"x"})
+def halve(scale: float, x: torch.Tensor) -> None:
+    x.mul_(scale)
+
+
+@pytest.mark.parametrize(
+    ("touch", "point"),
+    [
+        (lambda h: torch._foreach_mul_([h], 2.0), "_foreach_mul_"),
+        (Overwrites.apply, "Overwrites"),
+        (lambda h: halve(0.5, h), "halve_.default"),
+        (lambda h: nn.init.constant_(h, 1.0), "constant_"),
+        (lambda h: torch.mul(h.detach(), 2.0, out=h.detach()), "mul#2"),
+    ],
+    ids=["foreach", "mark_dirty", "custom_op", "init", "out"],
+)
+def test_what_overwrites_without_returning_it_is_seen(x, touch, point):
+    model = Touched(touch)
+    source = "detach#2" if point == "mul#2" else "mul#1" if "mul#1" in names(model) else "mul"
+    for keywords in ({"after": point}, {"edge": (source, point)}):
+        with pytest.raises(gs.SurgeryError, match=rf"'{point}' overwrites in place what"):
+            gs.insert_grl(model, **keywords)
+    spliced = gs.insert_grl(model, after="a")
+    assert torch.equal(spliced(x), model(x))
+    assert torch.equal(gradients(spliced, x)["a.weight"], -gradients(model, x)["a.weight"])
+
+
+class OverwritesTheSecond(nn.Module):
+    def forward(self, a, b):
+        b.mul_(2.0)
+        return a + b
+
+
+def test_a_reversal_on_the_way_into_a_block_that_overwrites_its_second_argument_is_refused():
+    class Model(Layers):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = OverwritesTheSecond()
+
+        def forward(self, x):
+            x = self.a(x)
+            return self.block(self.b(x), x) * x
+
+    with pytest.raises(gs.SurgeryError, match=r"'block' overwrites in place what 'a' reads again"):
+        gs.insert_grl(Model(), edge=("a", "block"))
+
+
+def test_a_logical_operator_overwrites_nothing(x):
+    class Masked(Layers):
+        def forward(self, x):
+            positive, small = x > 0, x < 0.5
+            both = positive & small
+            either = positive | small
+            return self.a(x) * positive + self.b(x) * both + either + small
+
+    model = Masked()
+    assert torch.equal(gs.insert_grl(model, after="a")(x), model(x))
 
 
 # ------------------------------------------------------------------------- what else only shows when it runs

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -147,6 +148,124 @@ def test_a_resumed_lightning_run_has_the_coefficients_of_an_uninterrupted_one(
     assert first + rest == whole
 
 
+class TwoHeads:
+    """Training of a network with an early and a late head, a callback for each."""
+
+    def __init__(self, lightning: Any, callbacks: list[Any], **limits: Any) -> None:
+        torch.manual_seed(0)
+        plain = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        early = gs.attach_domain_head(plain, "0", name="early", hidden=8, example_inputs=torch.randn(2, 4))
+        both = gs.attach_domain_head(early, "1", name="late", hidden=8, example_inputs=torch.randn(2, 4))
+
+        class Adversarial(lightning.LightningModule):
+            def __init__(self) -> None:
+                super().__init__()
+                self.network = both
+                self.fails, self.names_heads = False, True
+
+            def training_step(self, batch: list[Tensor], index: int) -> dict[str, Any]:
+                inputs, _, domains = batch
+                logits, *said = self.network(inputs)
+                loss = sum((gs.domain_loss(each, domains) for each in said), logits.sum())
+                if self.fails:
+                    raise RuntimeError("out of memory")
+                heads = dict(zip(("network.early", "network.late"), said, strict=True))
+                return {
+                    "loss": loss,
+                    "domain_logits": heads if self.names_heads else said[0],
+                    "domains": domains,
+                }
+
+            def configure_optimizers(self) -> torch.optim.Optimizer:
+                return torch.optim.SGD(self.network.parameters(), lr=0.01)
+
+        self.module = Adversarial()
+        self.hooks = gs.reversals(self.module)["network.early.reversal"]._forward_hooks
+        self.trainer = lightning.Trainer(
+            **(limits or {"max_steps": 6}),
+            accelerator="cpu",
+            logger=False,
+            log_every_n_steps=2,
+            callbacks=callbacks,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+        )
+
+    def fit(self) -> None:
+        self.trainer.fit(self.module, DataLoader(samples(), batch_size=4))
+
+
+def callback_of(which: str, /, **settings: Any) -> Any:
+    from grl_surgery.integrations.lightning import GradientReversalCallback
+
+    own = {"head": f"network.{which}", "only": f"network.{which}", "prefix": f"{which}/"}
+    return GradientReversalCallback(linear(0.0, {"early": 0.5, "late": 1.0}[which]), **{**own, **settings})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_each_head_has_a_callback_with_its_own_schedule_numbers_and_state(lightning: Any) -> None:
+    early, late = callback_of("early"), callback_of("late")
+    run = TwoHeads(lightning, [early, late])
+    run.fit()
+    logged = run.trainer.logged_metrics
+    assert float(logged["early/coeff"]) == pytest.approx(0.5 * 5 / 6)
+    assert float(logged["late/coeff"]) == pytest.approx(5 / 6)
+    assert float(logged["early/domain_loss"]) != float(logged["late/domain_loss"])
+    assert len({callback.state_key for callback in (early, late)}) == 2
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prefix": "early/"}, "two callbacks log under the prefix 'early/'"),
+        ({"only": None}, "two callbacks drive 'network.early.reversal'"),
+        ({"head": None}, "there are 2 domain heads.*\n.*\n  for example: head='network.early'"),
+        ({"head": "network.lte"}, "there is no domain head 'network.lte'"),
+    ],
+)
+def test_callbacks_that_would_hide_each_other_are_refused(
+    lightning: Any, settings: dict[str, Any], message: str
+) -> None:
+    run = TwoHeads(lightning, [callback_of("early"), callback_of("late", **settings)])
+    with pytest.raises(gs.SurgeryError, match=message):
+        run.fit()
+    assert not run.hooks
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_logits_that_may_be_of_either_head_are_refused(lightning: Any) -> None:
+    run = TwoHeads(lightning, [callback_of("early"), callback_of("late")])
+    run.module.names_heads = False
+    with pytest.raises(gs.SurgeryError, match="does not say whose 'domain_logits'"):
+        run.fit()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_that_fails_leaves_no_hook_behind(lightning: Any) -> None:
+    run = TwoHeads(lightning, [callback_of("early")])
+    run.module.fails = True
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run.fit()
+    assert not run.hooks
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_of_unknown_length_asks_for_the_number_of_steps(lightning: Any) -> None:
+    run = TwoHeads(lightning, [callback_of("early")], max_time={"minutes": 1})
+    with pytest.raises(
+        gs.SurgeryError, match=r"(?s)how many steps.*GradientReversalCallback\(total_steps=1000\)"
+    ):
+        run.fit()
+
+
+@pytest.mark.parametrize("total", [0, -1, 2.5])
+def test_an_impossible_number_of_lightning_steps_is_refused(lightning: Any, total: Any) -> None:
+    with pytest.raises(gs.SurgeryError, match=f"total_steps is {total}, but must be a whole number"):
+        callback_of("early", total_steps=total)
+
+
 # --- Hugging Face
 
 
@@ -213,6 +332,22 @@ def test_a_resumed_trainer_has_the_coefficients_of_an_uninterrupted_one(
     first, *_ = trainer_run(transformers, tmp_path / "broken", stop_at=3)
     rest, *_ = trainer_run(transformers, tmp_path / "broken", resume=True)
     assert first + rest == whole
+
+
+def test_a_callback_of_a_trainer_that_failed_watches_its_next_run_alone(transformers: Any) -> None:
+    from grl_surgery.integrations.transformers import GradientReversalCallback
+
+    model, callback = network(), GradientReversalCallback()
+    state = SimpleNamespace(max_steps=4, global_step=0, log_history=[{}])
+    for _ in range(2):  # no callback is told that the first one failed
+        callback.on_train_begin(None, state, None, model=model)
+    assert len(gs.reversals(model)["domain.reversal"]._forward_hooks) == 1
+    other = GradientReversalCallback()
+    other.on_train_begin(None, state, None, model=model)
+    logs: dict[str, float] = {}
+    callback.on_log(None, state, None, logs=logs)
+    with pytest.raises(gs.SurgeryError, match="two callbacks log under the prefix 'grl/'"):
+        other.on_log(None, state, None, logs=logs)
 
 
 class Sentences(nn.Module):

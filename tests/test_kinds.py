@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from typing import ClassVar
 
 import pytest
 import torch
@@ -102,7 +103,10 @@ def test_a_proof_knows_which_arguments_the_surgery_kept():
     flips(gs.insert_grl(model, after="of_mask", example_inputs=inputs), model, inputs)
 
 
-ANSWERS: list[bool] = []
+class Noted:
+    """Where no trace looks for what a forward changes."""
+
+    answers: ClassVar[list[bool]] = []
 
 
 class Answers(nn.Module):
@@ -135,18 +139,18 @@ class Answers(nn.Module):
         ]
         values += [self.linear.weight, self.scale, self.lstm(y), self.lstm(y)[0], self.pool(y)]
         values += [self.attention(y, y, y), y.topk(2), torch.split(y, 1)]
-        ANSWERS.extend(isinstance(value, kind) for value in values for kind in self.kinds)
+        Noted.answers.extend(isinstance(value, kind) for value in values for kind in self.kinds)
         return y
 
 
 def test_every_answer_is_the_one_that_the_running_network_would_get():
     model = Answers()
-    ANSWERS.clear()
+    Noted.answers.clear()
     model(torch.randn(3, 2, 4))
-    eager = list(ANSWERS)
-    ANSWERS.clear()
+    eager = list(Noted.answers)
+    Noted.answers.clear()
     trace(model, [""])
-    assert eager == ANSWERS
+    assert eager == Noted.answers
 
 
 class Block(nn.Module):
@@ -227,3 +231,98 @@ def test_no_isinstance_of_ours_is_left_in_a_file():
     assert "isinstance" not in here
     assert "isinstance" not in vars(sys.modules[Untraceable.__module__])
     assert torch.is_tensor.__module__ == "torch"
+
+
+# -------------------------------------------------------------------------- other questions about a value
+
+
+class Asks(nn.Module):
+    """Asks of a value what only the value can tell, and goes on accordingly."""
+
+    def __init__(self, question) -> None:
+        super().__init__()
+        self.a, self.c, self.question = nn.Linear(6, 6), nn.Linear(6, 3), question
+
+    def forward(self, x):
+        return self.c(self.question(self.a(x)))
+
+
+def caught(h):
+    try:
+        return h / int(h.shape[0])
+    except TypeError:
+        return h
+
+
+def iterates(h):
+    try:
+        return sum(row.mean() for row in h) + h
+    except Exception:
+        return h
+
+
+QUESTIONS = {
+    "a dtype in a set": lambda h: h * 2 if h.dtype in {torch.float32, torch.float64} else h,
+    "a size in a dict": lambda h: h * {6: 0.5}.get(h.shape[-1], 1.0),
+    "a class": lambda h: h * 2 if type(h) is torch.Tensor else h,
+    "a class among several": lambda h: (
+        h * 2 if isinstance(type(h), type) and type(h) in (torch.Tensor,) else h
+    ),
+    "a number, with the error caught": caught,
+    "the items, with the error caught": iterates,
+    "an attribute that it may have": lambda h: getattr(h, "last_hidden_state", h * 2),
+    "the grad mode": lambda h: h * 2 if torch.is_grad_enabled() else h,
+}
+
+
+@pytest.mark.parametrize("question", QUESTIONS.values(), ids=QUESTIONS)
+def test_a_forward_goes_on_as_it_would_without_surgery(question):
+    model, x = Asks(question), torch.randn(4, 6)
+    spliced = gs.insert_grl(model, after="a")
+    flips(spliced, model, (x,))
+    with torch.no_grad():
+        assert torch.equal(spliced(x), model(x))
+
+
+def test_a_forward_that_asks_whether_two_arguments_are_one_stays_a_call():
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.key = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, q, kv):
+            return self.query(q) if q is kv else self.query(q) + self.key(kv)
+
+    class Calls(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.attend = nn.Linear(6, 6), Attends()
+
+        def forward(self, x):
+            h = self.a(x)
+            return self.attend(h, h)
+
+    model, x = Calls(), torch.randn(4, 6)
+    flips(gs.insert_grl(model, after="a"), model, (x,))
+    flips(gs.insert_grl(model, after="attend.query"), model, (x,))
+    with pytest.raises(gs.TracingError, match="whether q and kv are the same object"):
+        gs.insert_grl(model, after="attend.add")
+
+
+def forks(h):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(42)
+        return h + torch.randn_like(h)
+
+
+def chooses_a_kernel(h):
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        return nn.functional.scaled_dot_product_attention(h[None], h[None], h[None])[0]
+
+
+@pytest.mark.parametrize("question", [forks, chooses_a_kernel])
+def test_a_part_that_runs_under_settings_of_its_own_keeps_them(question):
+    model, x = Asks(question), torch.randn(64, 6)
+    before = torch.get_rng_state()
+    flips(gs.insert_grl(model, after="a"), model, (x,))
+    assert torch.equal(torch.get_rng_state(), before)

@@ -659,3 +659,8 @@ def test_the_examples_in_the_docstrings_are_true(module: Any) -> None:
     results = doctest.testmod(module, optionflags=doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL)
     assert results.attempted > 0
     assert results.failed == 0
+
+
+def test_a_source_that_is_no_text_is_refused() -> None:
+    with pytest.raises(gs.SurgeryError, match="loaded by its name, got NoneType"):
+        load_model(None)  # type: ignore[arg-type]

@@ -304,7 +304,7 @@ def test_stepping_past_the_end_is_refused_and_changes_nothing() -> None:
 
 @pytest.mark.parametrize("total", [0, -1, 2.5, True, "10"])
 def test_an_impossible_number_of_steps_is_refused(total: object) -> None:
-    with pytest.raises(SurgeryError, match=r"total_steps is .* but must be a positive whole number"):
+    with pytest.raises(SurgeryError, match=r"total_steps is .* but must be a whole number of at least 1"):
         CoefficientScheduler(network(), dann(), total_steps=total)
 
 
@@ -325,7 +325,7 @@ def test_an_unknown_name_is_refused_with_near_ones() -> None:
 
 
 def test_a_number_is_not_taken_for_a_schedule() -> None:
-    with pytest.raises(SurgeryError, match=r"the schedule is 0\.3, which is not a function"):
+    with pytest.raises(SurgeryError, match=r"0\.3 is not a schedule, a function of the progress"):
         CoefficientScheduler(network(), 0.3, total_steps=10)
 
 

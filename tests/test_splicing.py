@@ -573,6 +573,117 @@ def test_before_a_call_what_it_takes_twice_is_reversed_once():
     assert [node.target for node in spliced.graph.nodes].count("grl_mul") == 1
 
 
+class TakesAMask(nn.Module):
+    """Attention over what is no padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(10, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, ids, mask):
+        values = self.embed(ids)
+        return self.attention(values, values, values, key_padding_mask=mask)[0]
+
+
+class HidesPadding(TakesAMask):
+    def forward(self, ids):
+        values = self.embed(ids)
+        return self.attention(values, values, values, key_padding_mask=ids == 0)[0]
+
+
+class Scales(nn.Module):
+    def forward(self, x, factor, pair):
+        return x * factor + pair[0] * pair[1]["other"]
+
+
+class TakesAnything(nn.Module):
+    """A block that is given numbers, and tensors in a container."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.scales = nn.Linear(6, 6), Scales()
+
+    def forward(self, x, factor, pair):
+        return self.scales(self.linear(x), factor, pair)
+
+
+class Stacked(nn.Module):
+    """The second layer starts in the state in which the first one ended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.LSTM(6, 6), nn.LSTM(6, 6)
+
+    def forward(self, x):
+        y, state = self.first(x)
+        return self.second(y, state)[0]
+
+
+IDS = torch.tensor([[1, 2, 0], [3, 0, 0]])
+
+
+@pytest.mark.parametrize(
+    ("model", "point", "inputs"),
+    [
+        (HidesPadding(), "attention", (IDS,)),
+        (TakesAMask(), "attention", (IDS, IDS == 0)),
+        (TakesAMask(), "attention", (IDS, (IDS == 0) * -9.0)),
+        (TakesAMask(), "attention", (IDS, None)),
+        (TakesAnything(), "scales", (vector(), 3, (torch.ones(6), {"other": torch.arange(6)}))),
+        (Stacked(), "second", (torch.randn(3, 2, 6),)),
+    ],
+    ids=["computed", "bool", "float", "none", "anything", "state"],
+)
+def test_before_a_call_what_has_no_gradient_goes_in_as_it_is(model, point, inputs):
+    spliced = gs.insert_grl(model, before=point)
+    assert torch.equal(spliced(*inputs), model(*inputs))
+    plain, found = gradients(model, *inputs), gradients(spliced, *inputs)
+    inside = {name for name in plain if name.startswith(point)}
+    assert_same_gradients(found, {n: g if n in inside else -g for n, g in plain.items()})
+    assert gs.verify_flip(spliced, model, inputs).ok
+    assert torch.equal(pickle.loads(pickle.dumps(spliced))(*inputs), model(*inputs))
+
+
+def test_before_a_call_every_float_in_a_container_is_reversed():
+    x, other = vector(), torch.ones(6, requires_grad=True)
+    spliced = gs.insert_grl(TakesAnything(), before="scales")
+    spliced(x, 2.0, (other, {"other": torch.arange(6)})).sum().backward()
+    assert torch.equal(other.grad, -torch.arange(6.0) * len(x))
+
+
+def test_an_edge_behind_a_value_that_may_have_no_gradient_is_found():
+    spliced = gs.insert_grl(gs.insert_grl(TakesAMask(), before="attention"), edge=("mask", "attention"))
+    assert spliced(IDS, (IDS == 0) * -9.0).shape == (2, 3, 8)
+
+
+@pytest.mark.parametrize(
+    ("model", "keywords", "message"),
+    [
+        (HidesPadding(), {"after": "eq"}, r"'eq' is of integers or truth values.*\n.*edge=\('embed', 'atten"),
+        (HidesPadding(), {"edge": ("eq", "attention")}, r"'eq' is of integers or truth values"),
+        (
+            Stacked(),
+            {"after": "first[1]"},
+            r"'first\[1\]' is a tuple of 2 tensors.*\n.*after='first\[1\]\[0\]'",
+        ),
+        (Stacked(), {"edge": ("first[1]", "second")}, r"'first\[1\]' is a tuple of 2 tensors"),
+    ],
+)
+def test_a_value_that_is_known_to_have_no_gradient_is_refused_with_one_that_has(model, keywords, message):
+    with pytest.raises(gs.ShapeError, match=message):
+        gs.insert_grl(model, **keywords)
+
+
+def test_before_a_call_that_takes_no_float_there_is_nothing_to_reverse():
+    class Not(nn.Module):
+        def forward(self, x):
+            return (~(x > 0)) * x
+
+    with pytest.raises(gs.ShapeError, match="what flows into 'invert' is of integers or truth values"):
+        gs.insert_grl(Not(), before="invert")
+
+
 def test_a_spliced_graph_holds_the_networks_own_operations_and_the_reversal_only():
     spliced = gs.insert_grl(Net(), after="stage2.0.conv")
     assert "boundary" not in spliced.code

@@ -144,3 +144,18 @@ def test_the_result_has_the_signature_of_the_original():
     kinds = {name: p.kind.name for name, p in inspect.signature(spliced.forward).parameters.items()}
     original = inspect.signature(KeywordOnly().forward).parameters
     assert kinds == {name: p.kind.name for name, p in original.items()}
+
+
+def test_a_tensor_as_a_default_stays_what_it_is():
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, 6)
+
+        def forward(self, x, scale=torch.full((), 2.0)):  # noqa: B008
+            return self.fc(x) * scale
+
+    model = Scaled()
+    with pytest.raises(gs.TracingError, match="the default of its argument 'scale' is a tensor"):
+        gs.insert_grl(model, before="fc")
+    assert torch.equal(gs.insert_grl(model, after="fc")(vector()), model(vector()))

@@ -217,6 +217,7 @@ def test_binary_and_softmax_are_not_confused() -> None:
         (torch.tensor([1.0, 1.0, -0.5, 1.0]), r"weights must not be negative.*the least is -0\.5"),
         (torch.zeros(4), r"not all zero; .* their sum 0\.0"),
         (torch.tensor([1.0, 1.0, math.nan, 1.0]), "or nan"),
+        (torch.tensor([1.0, 1.0, math.inf, 1.0]), "negative, infinite or nan.* their sum inf"),
         ([1.0] * 4, "for its weights, works on a tensor, got list"),
     ],
 )
@@ -272,7 +273,9 @@ def test_entropy_weights_carry_no_gradient_and_are_float32_for_half_precision() 
 
 
 def test_entropy_weights_refuse_other_shapes() -> None:
-    with pytest.raises(ShapeError, match=r"class logits of shape \(4,\): expected \(B, classes\)"):
+    with pytest.raises(
+        ShapeError, match=r"class logits of shape \(4,\), torch.float32: expected \(B, classes\)"
+    ):
         entropy_weights(torch.randn(4))
     with pytest.raises(ShapeError, match=r"domain labels of shape \(4, 1\): expected one per sample, \(4,\)"):
         entropy_weights(torch.randn(4, 3), torch.zeros(4, 1, dtype=torch.long))
@@ -367,7 +370,7 @@ def test_an_unknown_new_layer_is_refused_with_near_names() -> None:
 
 @pytest.mark.parametrize("lr", [0.0, -0.1, math.nan, math.inf])
 def test_an_impossible_learning_rate_is_refused(lr: float) -> None:
-    with pytest.raises(SurgeryError, match=r"lr is .* must be positive and finite"):
+    with pytest.raises(SurgeryError, match=r"lr is .* must be a positive finite number"):
         param_groups(model_with_heads(), lr=lr)
     with pytest.raises(SurgeryError, match=r"new_multiplier is"):
         param_groups(model_with_heads(), lr=0.1, new_multiplier=lr)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import random
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from torch import nn
 
 import grl_surgery as gs
 from grl_surgery.flip_report import FlipReport, ParameterFlip, ReversalFlip
+from grl_surgery.verification import _Verification
 
 
 def kinds(report, measured):
@@ -200,6 +204,318 @@ def test_the_reference_must_be_the_same_network():
 def test_without_inputs_it_says_what_to_pass():
     with pytest.raises(gs.SurgeryError, match=r"nothing says what inputs Net takes\n.*example_inputs="):
         gs.verify_flip(gs.insert_grl(Net(), after="stem"))
+
+
+# ------------------------------------------------------------------- a forward that writes into parameters
+
+
+class Writes(nn.Module):
+    """A momentum encoder, or a layer that keeps its weights small: a way to write into `k`."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.q, self.k, self.way = nn.Linear(6, 6), nn.Linear(6, 6).requires_grad_(False), way
+
+    def forward(self, x):
+        q, k = self.q.weight, self.k.weight
+        with torch.no_grad():
+            if self.way == "in place":
+                k.mul_(0.9).add_(q, alpha=0.1)
+            elif self.way == "by way of its data":
+                k.data.clamp_(-0.1, 0.1)
+            elif self.way == "with new data":
+                k.data = k.data * 0.9 + q.data * 0.1
+            elif self.way == "unread":
+                k.mul_(0.5)
+            elif self.way == "and fails":
+                k.zero_()
+                raise RuntimeError("too far")
+        return self.q(x) if self.way in ("unread", "not at all") else self.q(x) * torch.tanh(self.k(x))
+
+
+@pytest.mark.parametrize("way", ["in place", "by way of its data", "with new data"])
+def test_what_a_forward_writes_into_parameters_is_seen_by_every_run_and_by_nobody_else(way):
+    model = nn.Sequential(nn.Linear(6, 6), Writes(way), nn.Linear(6, 2))
+    spliced = gs.insert_grl(model, after="0")
+    before, memory = copy.deepcopy(model.state_dict()), [p.data_ptr() for p in model.parameters()]
+    gs.verify_flip(spliced, model, vector()).raise_if_failed()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert [p.data_ptr() for p in model.parameters()] == memory
+
+
+def test_a_forward_that_writes_and_then_fails_leaves_the_parameters_alone():
+    model = nn.Sequential(nn.Linear(6, 6), Writes("and fails"), nn.Linear(6, 2))
+    before = model[1].k.weight.clone()
+    with pytest.raises(gs.SurgeryError, match="Sequential itself fails on these example inputs: too far"):
+        gs.verify_flip(gs.insert_grl(model, after="0"), model, vector())
+    assert torch.equal(model[1].k.weight, before)
+
+
+def test_an_embedding_that_keeps_its_norm_is_as_it_was():
+    model = nn.Sequential(nn.Embedding(10, 6, max_norm=0.5), nn.Linear(6, 2))
+    before = model[0].weight.clone()
+    gs.verify_flip(gs.insert_grl(model, after="0"), model, torch.arange(4)).raise_if_failed()
+    assert torch.equal(model[0].weight, before)
+
+
+def test_a_network_that_does_not_write_what_the_reference_writes_is_rejected():
+    model = nn.Sequential(nn.Linear(6, 6), Writes("unread"), nn.Linear(6, 2))
+    spliced = gs.insert_grl(model, after="0")
+    assert gs.verify_flip(spliced, model, vector()).ok
+    spliced.get_submodule("1").way = "not at all"
+    assert gs.verify_flip(spliced, model, vector()).failures == [
+        "the forward differs from the reference: it leaves other values in the parameter '1.k.weight'"
+    ]
+
+
+def test_what_else_a_forward_changes_is_put_back():
+    class Keeps(nn.Module):
+        cache: ClassVar = {}
+
+        def __init__(self):
+            super().__init__()
+            self.mean, self.calls = torch.zeros(6), []
+            self.generator = torch.Generator().manual_seed(0)
+
+        def forward(self, x):
+            self.mean.add_(x.detach().mean(0))
+            self.calls.append(len(self.cache))
+            self.cache[len(self.cache)] = self.mean
+            return x * self.mean + torch.randn(6, generator=self.generator)
+
+    model = nn.Sequential(nn.Linear(6, 6), Keeps(), nn.Linear(6, 2))
+    state = model[1].generator.get_state()
+    gs.verify_flip(gs.insert_grl(model, after="0"), model, vector()).raise_if_failed()
+    assert (model[1].mean.tolist(), model[1].calls, Keeps.cache) == ([0.0] * 6, [], {})
+    assert torch.equal(model[1].generator.get_state(), state)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is:FutureWarning")
+def test_a_scripted_part_keeps_its_own_tensors_and_its_mode():
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)))
+    model = nn.Sequential(nn.Linear(6, 6), scripted, nn.Linear(6, 2))
+    gs.verify_flip(gs.insert_grl(model, after="0"), model, vector(), mode="eval").raise_if_failed()
+    assert model[1].training
+    gs.verify_flip(gs.insert_grl(model, after="0"), model, vector()).raise_if_failed()
+    assert int(model[1][1].num_batches_tracked) == 0
+    model(vector()).sum().backward()
+    assert model[1][0].weight.grad is not None
+
+
+# ------------------------------------------------------------------------- what comes out, all but the bits
+
+
+class Pair(NamedTuple):
+    logits: torch.Tensor
+    count: int
+
+
+@dataclass
+class Outcome:
+    logits: torch.Tensor
+    count: int
+
+
+class Found:
+    def __init__(self, logits, count):
+        self.logits, self.count = logits, count
+
+
+class Returns(nn.Module):
+    """What becomes of the logits is told from outside."""
+
+    def __init__(self, make, layers=None):
+        super().__init__()
+        self.make = make
+        self.first, self.fc = layers or (nn.Linear(6, 6), nn.Linear(6, 2))
+
+    def forward(self, x):
+        return self.make(self.fc(self.first(x)))
+
+
+def verified(makes, wanted):
+    """A network that makes one thing of its logits, beside a reference that makes another."""
+    model = Returns(makes)
+    reference = Returns(wanted, (model.first, model.fc))
+    return gs.verify_flip(gs.insert_grl(model, after="first"), reference, vector())
+
+
+SAME = [
+    lambda y: y,
+    lambda y: (y, None, 3, "a", float("nan"), [True, -0.0], y.shape),
+    lambda y: {"a": y, 1: [y, {"b": y.float()}]},
+    lambda y: OrderedDict(a=y),
+    lambda y: Pair(y, 1),
+    lambda y: Outcome(y, 1),
+    lambda y: Found(y, 1),
+    lambda y: [Found([y, y], float("nan"))],
+]
+
+
+@pytest.mark.parametrize("make", SAME)
+def test_every_kind_of_output_can_be_proved(make):
+    report = verified(make, make).raise_if_failed()
+    assert kinds(report, "flipped") == ["first.weight", "first.bias"]
+
+
+@pytest.mark.parametrize(
+    ("makes", "wanted", "said"),
+    [
+        (lambda y: (y, None), lambda y: y, r"output is tuple\(2\), and Tensor\(4x2, float32, cpu\)"),
+        (lambda y: [y], lambda y: (y,), r"output is list\(1\), and tuple\(1\)"),
+        (lambda y: (y, None), lambda y: (y, 0), r"output\[1\] is None, and 0"),
+        (lambda y: (y, 3), lambda y: (y, 3.0), r"output\[1\] is 3, and 3\.0"),
+        (lambda y: (y, True), lambda y: (y, 1), r"output\[1\] is True, and 1"),
+        (lambda y: (y, 0.0), lambda y: (y, -0.0), r"output\[1\] is 0\.0, and -0\.0"),
+        (lambda y: (y, "b"), lambda y: (y, "a"), r"output\[1\] is 'b', and 'a'"),
+        (lambda y: {"b": y}, lambda y: {"a": y}, r"output is dict\('b'\), and dict\('a'\)"),
+        (lambda y: {"a": y}, lambda y: OrderedDict(a=y), r"output is dict\('a'\), and OrderedDict\('a'\)"),
+        (lambda y: Pair(y, 1), lambda y: (y, 1), r"output is Pair\(2\), and tuple\(2\)"),
+        (
+            lambda y: Found(y, 1),
+            lambda y: Outcome(y, 1),
+            r"output is Found\('logits', 'count'\), and Outcome",
+        ),
+        (lambda y: [Found(y, 1)], lambda y: [Found(y, 2)], r"output\[0\]\.count is 1, and 2"),
+        (lambda y: (y, y > 0), lambda y: (y, (y > 0).int()), r"output\[1\] is Tensor\(4x2, bool, cpu\), and"),
+        (lambda y: y.view(8), lambda y: y, r"output is Tensor\(8, float32, cpu\), and Tensor\(4x2"),
+        (lambda y: {"a": y + 1}, lambda y: {"a": y}, r"output\['a'\] has other values than"),
+        (lambda y: (y, np.zeros(2)), lambda y: (y, np.ones(2)), r"output\[1\] has other values than"),
+    ],
+)
+def test_an_output_of_another_structure_is_rejected_and_said_where(makes, wanted, said):
+    report = verified(makes, wanted)
+    assert not report.forward_identical
+    with pytest.raises(
+        gs.FlipError, match=f"the forward differs from the reference: {said}.* in the reference"
+    ):
+        report.raise_if_failed()
+    assert report.difference in " ".join(str(report).split())
+
+
+def test_with_a_head_it_is_still_the_output_that_is_compared():
+    model = Returns(lambda y: {"a": y, "n": 1})
+    spliced = gs.attach_domain_head(model, after="first", example_inputs=vector())
+    assert gs.verify_flip(spliced, model, vector()).ok
+    other = Returns(lambda y: {"a": y, "n": 2}, (model.first, model.fc))
+    assert gs.verify_flip(spliced, other, vector()).difference == "output['n'] is 1, and 2 in the reference"
+
+
+def test_a_spliced_network_that_fails_where_the_reference_runs_is_said_to():
+    with pytest.raises(gs.FlipError, match="the spliced network fails where Returns runs: RuntimeError: "):
+        verified(lambda y: y.view(5), lambda y: y)
+
+
+# ------------------------------------------------------------------ what the next call of a forward may read
+
+
+class Counts(nn.Module):
+    """Grows with every call, in Python."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x * min(1.0, self.calls / 10)
+
+
+class Frozen(nn.Module):
+    """The same in its first call."""
+
+    def forward(self, x):
+        return x * 0.1
+
+
+def test_a_count_in_python_is_proved_where_it_goes_on():
+    model = nn.Sequential(nn.Linear(6, 6), Counts(), nn.Linear(6, 2))
+    gs.verify_flip(gs.insert_grl(model, after="0"), model, vector()).raise_if_failed()
+    assert model[1].calls == 0
+
+
+def test_a_count_in_python_that_stands_still_is_rejected():
+    model = nn.Sequential(nn.Linear(6, 6), Counts(), nn.Linear(6, 2))
+    spliced = gs.insert_grl(nn.Sequential(model[0], Frozen(), model[2]), after="0")
+    report = gs.verify_flip(spliced, model, vector())
+    assert report.difference == "in a second call, output has other values than in the reference"
+    assert all(row.ok for row in report.parameters)
+
+
+# ------------------------------------------------------------ compiled, sparse, of less than double precision
+
+
+def test_a_network_that_was_compiled_in_place_is_proved_and_stays_compiled():
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
+    spliced = gs.insert_grl(model, after="1")
+    for network in (spliced, model):
+        network.compile(backend="eager")
+        network(vector())
+    calls = spliced._compiled_call_impl, model._compiled_call_impl
+    gs.verify_flip(spliced, model, vector()).raise_if_failed()
+    assert (spliced._compiled_call_impl, model._compiled_call_impl) == calls
+    assert None not in calls
+
+
+def test_sparse_gradients_are_compared_by_what_they_add_up_to():
+    model = nn.Sequential(nn.Embedding(10, 6, sparse=True), nn.Linear(6, 2))
+    report = gs.verify_flip(gs.insert_grl(model, after="0"), model, torch.tensor([3, 1, 3]))
+    assert report.raise_if_failed()
+    assert kinds(report, "flipped") == ["0.weight"]
+
+
+GLOBAL = torch.ones(6)
+
+
+class Mixed(nn.Module):
+    """Two paths meet, one of them reversed, and something on the way asks for float32."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way = way
+        self.first, self.body, self.fc = (nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x):
+        return torch.tanh(self.body(self.way(self.first(x)))) + self.fc(self.first(x))
+
+
+def in_double(way):
+    """What the verifier runs in float64 where gradients differ in their last bits."""
+    model = Mixed(way)
+    spliced = gs.insert_grl(model, after="body")
+    return _Verification(spliced, model, vector(), None, 0)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda x: x + torch.ones(6, dtype=torch.float32),
+        lambda x: x * torch.ones(6),
+        lambda x: x.float(),
+        lambda x: x.half().float(),
+        lambda x: x.to(torch.float32),
+        lambda x: x.to("cpu", torch.float32),
+        lambda x: nn.functional.softmax(x, -1, dtype=torch.float32),
+        lambda x: torch.cat([x, torch.zeros(4, 6, dtype=torch.float32)])[:4],
+    ],
+)
+def test_a_forward_that_asks_for_single_precision_runs_in_double(way):
+    oracle, spliced = in_double(way).in_double
+    assert {gradient.dtype for gradient in spliced.gradients["output"].values()} == {torch.float64}
+    for name, gradient in oracle.gradients["output"].items():
+        torch.testing.assert_close(spliced.gradients["output"][name], gradient, rtol=1e-12, atol=0)
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.ones(2).float().dtype == torch.float32
+
+
+def test_where_float64_is_needed_and_fails_the_report_says_so():
+    model = Mixed(lambda x: x.type("torch.FloatTensor"))
+    spliced = gs.insert_grl(model, after="body")
+    spliced.body.register_full_backward_hook(lambda module, inner, outer: (inner[0] * (1 + 1e-6),))
+    report = gs.verify_flip(spliced, model, vector())
+    assert {row.name for row in report.parameters if not row.ok} == {"first.weight", "first.bias"}
+    with pytest.raises(gs.FlipError, match=r"what tensor hooks .* give; float64, .*, fails: .*same dtype"):
+        report.raise_if_failed()
 
 
 # ----------------------------------------------------------------------------------------------- the report

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from grl_surgery.commands.networks import (
+    check_can_be_cut,
     load,
     write,
 )
@@ -15,20 +16,18 @@ from grl_surgery.commands.options import (
     Checkpoint,
     Coeff,
     InputSize,
-    Model,
+    MadeFrom,
+    ModelOrCheckpoint,
     Output,
     Pretrained,
 )
 from grl_surgery.commands.streams import stdout, working
 
-if TYPE_CHECKING:
-    pass
-
 __all__ = ["attach"]
 
 
 def attach(
-    model: Model,
+    model: ModelOrCheckpoint,
     after: Annotated[str, typer.Option(metavar="POINT", help="The head reads this point's value.")],
     output: Output = None,
     name: Annotated[str, typer.Option(metavar="NAME", help="Of the head.")] = "domain",
@@ -36,13 +35,15 @@ def attach(
     coeff: Coeff = 1.0,
     input_size: InputSize = None,
     batch: Batch = 2,
+    made_from: MadeFrom = None,
     pretrained: Pretrained = False,
     checkpoint: Checkpoint = None,
 ) -> None:
     """Attach a domain head behind a reversal and print it; -o writes the result."""
     from grl_surgery.attaching import attach_domain_head
 
-    loaded = load(model, pretrained, checkpoint, input_size, batch)
+    loaded = load(model, pretrained, checkpoint, input_size, batch, made_from=made_from)
+    check_can_be_cut(loaded)
     with working("Attaching"):
         spliced = attach_domain_head(
             loaded.module,
@@ -55,5 +56,5 @@ def attach(
     say = stdout()
     say.out(f"{loaded.source}: {type(loaded.module).__name__} with a head after {after}\n", highlight=False)
     say.out(f"({name}): {spliced.get_submodule(name)}", highlight=False)
-    if output:
+    if output is not None:
         write(spliced, output, loaded)

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from grl_surgery.commands.networks import INPUTS, load
+from grl_surgery.commands.networks import INPUTS, load, run
 from grl_surgery.commands.options import (
     AsJson,
     Batch,
     Checkpoint,
     InputSize,
-    Model,
+    MadeFrom,
+    ModelOrFile,
     Pretrained,
 )
 from grl_surgery.commands.streams import FAILED, stdout, working
@@ -31,7 +32,7 @@ __all__ = ["doctor"]
 
 
 def doctor(
-    model: Model,
+    model: ModelOrFile,
     ddp: Annotated[
         bool, typer.Option("--ddp", help="Also under DistributedDataParallel, in two processes.")
     ] = False,
@@ -41,19 +42,24 @@ def doctor(
     as_json: AsJson = False,
     pretrained: Pretrained = False,
     checkpoint: Checkpoint = None,
+    made_from: MadeFrom = None,
 ) -> None:
     """Find the reversals that a network already has, and where they are lost; exit with 1 if one is.
 
     Any reversal counts: pasted, of another library, a layer, a function, a hook; it is found by measuring.
     Where forward takes more than images, the factory returns all its arguments beside the network.
     """
-    loaded = load(model, pretrained, checkpoint, input_size, batch, seed)
+    loaded = load(model, pretrained, checkpoint, input_size, batch, seed, made_from)
     if loaded.example_inputs is None:
         raise SurgeryError(f"nothing says what inputs {loaded.source} takes", example=INPUTS)
     with _progress() as progress:
         from grl_surgery.doctor.diagnosing import diagnose
 
-        diagnosis = diagnose(loaded.module, loaded.example_inputs, ddp=ddp, seed=seed, progress=progress)
+        try:
+            diagnosis = diagnose(loaded.module, loaded.example_inputs, ddp=ddp, seed=seed, progress=progress)
+        except SurgeryError:
+            run(loaded, loaded.module)  # explains it where the network never ran on these inputs
+            raise
     if as_json:
         stdout().out(json.dumps({"model": model, **diagnosis.to_dict()}, indent=1), highlight=False)
     else:

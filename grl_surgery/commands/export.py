@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -18,9 +18,6 @@ from grl_surgery.commands.options import (
     ModelOrFile,
     Pretrained,
 )
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["export"]
 
@@ -49,5 +46,5 @@ def export(
 ) -> None:
     """Write a network, spliced or not, in another format."""
     loaded = load(model, pretrained, checkpoint, input_size, batch, made_from=made_from)
-    purpose: Literal["training", "inference"] = "inference" if inference else "training"
+    purpose = "inference" if inference else None
     write(loaded.module, output, loaded, purpose=purpose, heads=heads or None, dynamic=not static)

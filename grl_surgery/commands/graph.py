@@ -15,7 +15,9 @@ import typer
 from grl_surgery import points
 from grl_surgery.commands.networks import (
     INPUTS,
+    check_can_be_cut,
     load,
+    run,
     splice,
 )
 from grl_surgery.commands.options import (
@@ -25,7 +27,8 @@ from grl_surgery.commands.options import (
     Before,
     Checkpoint,
     InputSize,
-    Model,
+    MadeFrom,
+    ModelOrFile,
     OnEdge,
     Pretrained,
 )
@@ -48,7 +51,7 @@ class Viewer(str, Enum):
 
 
 def print_graph(
-    model: Model,
+    model: ModelOrFile,
     depth: Annotated[
         int | None,
         typer.Option(
@@ -100,6 +103,7 @@ def print_graph(
     edge: OnEdge = None,
     input_size: InputSize = None,
     batch: Batch = 2,
+    made_from: MadeFrom = None,
     as_json: AsJson = False,
     pretrained: Pretrained = False,
     checkpoint: Checkpoint = None,
@@ -110,9 +114,11 @@ def print_graph(
     """
     from grl_surgery.drawing import without
 
-    write = _writer(output) if output else None
-    loaded = load(model, pretrained, checkpoint, input_size, batch)
+    _check_one_view(output=output, open_in=open_in, json=as_json, edges=edges)
+    write = _writer(output) if output is not None else None
+    loaded = load(model, pretrained, checkpoint, input_size, batch, made_from=made_from)
     if after or before or edge:
+        check_can_be_cut(loaded)
         loaded = replace(loaded, module=splice(loaded.module, after, before, edge, 1.0))
     if train is not None:
         loaded.module.train(train)
@@ -123,6 +129,9 @@ def print_graph(
     with working("Tracing"):
         graphs, sizes = _graphs(loaded, under, levels, only_deepest=bool(output and not find))
     whole = graphs[-1]
+    if (input_size or ":" in model) and _has_no_shapes(whole):
+        with working("Running"):
+            run(loaded, loaded.module)  # says so, where the inputs do not fit
     if find:
         graphs = [_found(graphs, find)]
     elif not (everything or as_json):
@@ -135,6 +144,19 @@ def print_graph(
         stdout().out(*_edge_lines(graphs[-1]), sep="\n", highlight=False)
     else:
         _print_tree(loaded, graphs, hidden=0 if find else len(whole) - len(graphs[-1]))
+
+
+def _check_one_view(**views: object) -> None:
+    """The network is shown in one way at a time."""
+    chosen = [f"--{name.replace('_', '-')}" for name, value in views.items() if value]
+    if len(chosen) > 1:
+        raise SurgeryError(f"{' and '.join(chosen)} are ways to show the network: give one of them")
+
+
+def _has_no_shapes(graph: ModelGraph) -> bool:
+    """Whether nothing is known of the last value computed, as where forward fails on these inputs."""
+    computed = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+    return bool(computed) and computed[-1].shape is None
 
 
 def _writer(output: str) -> Callable[[ModelGraph], None]:
@@ -185,7 +207,8 @@ def _graphs(
     model = loaded.module
     paths = [path for path, _ in model.named_modules() if path]
     start = _level(under, paths) if under else 0
-    deepest = start + depth if depth else max((path.count(".") + 2 for path in paths), default=1)
+    bottom = max((path.count(".") + 2 for path in paths), default=1)
+    deepest = min(start + depth, max(start + 1, bottom)) if depth else bottom
     try:
         first = deepest if only_deepest else max(start, 1)
         graphs = [describe(model, level, loaded.example_inputs) for level in range(first, deepest + 1)]

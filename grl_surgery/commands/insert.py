@@ -9,6 +9,7 @@ from rich.text import Text
 
 from grl_surgery import points
 from grl_surgery.commands.networks import (
+    check_can_be_cut,
     load,
     splice,
     write,
@@ -20,12 +21,14 @@ from grl_surgery.commands.options import (
     Checkpoint,
     Coeff,
     InputSize,
-    Model,
+    MadeFrom,
+    ModelOrCheckpoint,
     OnEdge,
     Output,
     Pretrained,
 )
 from grl_surgery.commands.streams import stdout, working
+from grl_surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,7 +39,7 @@ __all__ = ["insert"]
 
 
 def insert(
-    model: Model,
+    model: ModelOrCheckpoint,
     after: After = None,
     before: Before = None,
     edge: OnEdge = None,
@@ -47,18 +50,22 @@ def insert(
     output: Output = None,
     input_size: InputSize = None,
     batch: Batch = 2,
+    made_from: MadeFrom = None,
     pretrained: Pretrained = False,
     checkpoint: Checkpoint = None,
 ) -> None:
     """Splice reversals in and print where they are; -o writes the result."""
-    loaded = load(model, pretrained, checkpoint, input_size, batch)
+    if dry_run and output is not None:
+        raise SurgeryError("--dry-run writes nothing, so --output would do nothing: give one of them")
+    loaded = load(model, pretrained, checkpoint, input_size, batch, made_from=made_from)
+    check_can_be_cut(loaded)
     with working("Splicing"):
         spliced = splice(loaded.module, after, before, edge, coeff)
     if dry_run:
         _print_diff(spliced)
         return
     _print_reversals(loaded, spliced)
-    if output:
+    if output is not None:
         write(spliced, output, loaded)
 
 
@@ -68,14 +75,14 @@ def _print_reversals(loaded: LoadedModel, spliced: nn.Module) -> None:
 
     say = stdout()
     parts = spliced_parts(spliced)
-    count = sum(len(part.cuts) for part in parts.values())
+    count = sum(len(part.grl_surgery.cuts) for part in parts.values())
     say.out(
         f"{loaded.source}: {type(loaded.module).__name__} with {count} reversal{'s' if count > 1 else ''}",
         highlight=False,
     )
     for path, part in parts.items():
         prefix = f"{points.escape(path)}." if path else ""
-        for cut in part.cuts:
+        for cut in part.grl_surgery.cuts:
             coeff = float(part.get_submodule(cut.module).coeff)  # type: ignore[arg-type]
             name = f"{path}.{cut.module}" if path else cut.module
             say.out(f"\n{name}  {cut.within(path)}, coeff {coeff:g}", highlight=False)

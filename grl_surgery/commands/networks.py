@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "INPUTS",
+    "check_can_be_cut",
     "is_exported",
     "load",
     "parse_edge",
@@ -39,6 +40,7 @@ def load(
 ) -> LoadedModel:
     """The network, made from the same random numbers in every run, with the inputs asked for."""
     size = None if input_size is None else _parse_size(input_size)
+    _check_options(source, made_from, seed)
     with working("" if pretrained else f"Creating {source}"):  # a download draws its own progress
         import torch
 
@@ -54,6 +56,17 @@ def load(
     weight = next((p for p in loaded.module.parameters() if p.is_floating_point()), torch.empty(0))
     images = torch.randn(batch, *size, generator=torch.Generator().manual_seed(seed))
     return replace(loaded, example_inputs=(images.to(weight.device, weight.dtype),))
+
+
+def _check_options(source: str, made_from: str | None, seed: int) -> None:
+    """Refuse a --model that would do nothing, and a seed that torch does not take."""
+    if made_from is not None and not is_exported(source):
+        raise SurgeryError(
+            f"--model says what made the network in a FILE, and {source!r} is none",
+            example=f"--model {source}",
+        )
+    if not -(2**63) <= seed < 2**64:
+        raise SurgeryError(f"--seed {seed} has more than 64 bits", example="--seed 0")
 
 
 def is_exported(source: str) -> bool:
@@ -87,9 +100,13 @@ def write(model: nn.Module, output: str, loaded: LoadedModel, **options: Any) ->
 
     from grl_surgery.exporting import export
 
-    source = loaded.source if re.fullmatch(r"(timm|torchvision)/[\w.]+", loaded.source) else None
+    if output in ("", "-"):
+        raise SurgeryError(f"--output {output!r} is no name of a file", example="-o m.safetensors")
+    is_program = output.endswith((".pt2", ".onnx"))
+    if not is_program and re.fullmatch(r"(timm|torchvision)/[\w.]+", loaded.source):
+        options["source"] = loaded.source
     with working(f"Writing {output}"):
-        path = export(model, output, loaded.example_inputs, source=source, **options)
+        path = export(model, output, loaded.example_inputs, **options)
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     size = sum(Path(file).stat().st_size for file in files)
     stdout().out(f"\nwrote {path}, {size:,} bytes, read back and compared", highlight=False)
@@ -132,14 +149,20 @@ def spliced_or_as_it_is(
     after: list[str] | None,
     before: list[str] | None,
     edge: list[str] | None,
-    coeff: float,
+    coeff: float | None,
 ) -> nn.Module:
     """As ``splice``, but a model that has reversals of its own needs no place named."""
     from grl_surgery.splicing import reversals
 
     if not (after or before or edge) and reversals(model):
+        if coeff is not None:
+            raise SurgeryError(
+                "--coeff is of a reversal to be spliced in, and those that are here have their own: "
+                "name a place, or leave out --coeff",
+                example=f"--after layer3 --coeff {coeff:g}",
+            )
         return model
-    return splice(model, after, before, edge, coeff)
+    return splice(model, after, before, edge, 1.0 if coeff is None else coeff)
 
 
 INPUTS = "--input-size 3x64x64; or a factory that returns (network, (torch.randn(2, 3, 64, 64),))"
@@ -162,6 +185,21 @@ def run(loaded: LoadedModel, model: nn.Module) -> Any:
             f"{loaded.source} does not run on inputs of {sizes}: {type(error).__name__}: {reason}",
             example=INPUTS,
         ) from error
+
+
+def check_can_be_cut(loaded: LoadedModel) -> None:
+    """Refuse a program, before a point that it does not have is looked for.
+
+    Raises:
+        SurgeryError: With the file to take instead.
+    """
+    from grl_surgery.loaded_program import is_program
+
+    if is_program(loaded.module):
+        raise SurgeryError(
+            f"{loaded.source}: a program is complete, and cannot be cut or stripped",
+            example="the .safetensors of the same network",
+        )
 
 
 def parse_edge(line: str) -> points.Edge:

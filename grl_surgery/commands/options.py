@@ -7,6 +7,19 @@ from typing import Annotated
 
 import typer
 
+from grl_surgery.errors import SurgeryError
+
+
+def _check_batch(context: typer.Context, batch: int) -> int:
+    source = context.get_parameter_source("batch")
+    is_written = source is not None and source.name == "COMMANDLINE"
+    if is_written and context.params.get("input_size") is None:
+        raise SurgeryError(
+            "--batch is of the inputs that --input-size makes",
+            example=f"--input-size 3x64x64 --batch {batch}",
+        )
+    return batch
+
 
 class Mode(str, Enum):
     """The mode to verify in."""
@@ -49,9 +62,17 @@ OnEdge = Annotated[
 Coeff = Annotated[float, typer.Option(metavar="NUMBER", help="The gradient is multiplied by minus this.")]
 InputSize = Annotated[
     str | None,
-    typer.Option(metavar="3x64x64", help="Size of one example input, without batch.", show_default=False),
+    typer.Option(
+        metavar="3x64x64",
+        help="Size of one example input, without batch.",
+        show_default=False,
+        is_eager=True,  # --batch asks for it
+    ),
 ]
-Batch = Annotated[int, typer.Option(metavar="N", min=1, help="Inputs in a batch, with --input-size.")]
+Batch = Annotated[
+    int,
+    typer.Option(metavar="N", min=1, help="Inputs in a batch, with --input-size.", callback=_check_batch),
+]
 Output = Annotated[
     str | None,
     typer.Option(
@@ -66,7 +87,16 @@ ModelOrFile = Annotated[
     str,
     typer.Argument(
         metavar="MODEL|FILE",
-        help="A model as for 'graph', or a .safetensors, .pt2 or folder that export wrote.",
+        help="timm/NAME, torchvision/NAME, package.module:factory or file.py:factory; or a .safetensors, "
+        ".pt2 or folder that export wrote.",
+        show_default=False,
+    ),
+]
+ModelOrCheckpoint = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL|FILE",
+        help="A model as for 'graph', or a .safetensors or folder that export wrote; a .pt2 cannot be cut.",
         show_default=False,
     ),
 ]

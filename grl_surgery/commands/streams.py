@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
-import shlex
 import sys
 from collections.abc import Iterator
 
 from rich.console import Console
 from rich.text import Text
 
-__all__ = ["FAILED", "NAME", "REFUSED", "complain", "in_shell_words", "stdout", "working"]
+from grl_surgery.commands.shell_words import NAME, in_shell_words
 
-NAME = "grl-surgery"
+__all__ = [
+    "FAILED",
+    "NAME",
+    "REFUSED",
+    "complain",
+    "open_streams",
+    "silence",
+    "stdout",
+    "working",
+]
+
 FAILED, REFUSED = 1, 2  # exit status: a check failed; the request cannot be met
 _PIPE_CLOSED = 141
 
@@ -28,11 +36,26 @@ class _Output(Console):
 
     def on_broken_pipe(self) -> None:
         """Exit as a program does that the closed pipe has ended: 1 would mean that a check failed."""
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence()
         raise SystemExit(_PIPE_CLOSED)
 
 
 _UNLIMITED = 10_000
+
+
+def open_streams() -> None:
+    """Give the process a stderr that goes nowhere where the shell has closed it; without a stdout, exit."""
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process runs
+    if sys.stdout is None:
+        complain("standard output is closed, and what was asked for goes there")
+        raise SystemExit(REFUSED)
+
+
+def silence() -> None:
+    """Send what standard output still holds nowhere: Python writes it at its end, and fails again."""
+    with contextlib.suppress(OSError):  # no file of the system, as under pytest
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def stdout() -> Console:
@@ -54,25 +77,3 @@ def complain(message: str) -> None:
     """Say what went wrong, in words of the command line."""
     say = Console(stderr=True, highlight=False)
     say.print(Text.assemble(("error: ", "bold red"), in_shell_words(message)), soft_wrap=True)
-
-
-# A selector in a message, unless it is an argument of a call that is quoted whole.
-_SELECTOR = re.compile(r"(?<![\w(])(?<!, )(after|before|edge)=(?:(\[[^\]]*\])|r?('[^']*'|\"[^\"]*\"))")
-_EDGE = re.compile(r"(edge=)?(?:grl_surgery\.)?\bEdge\('([^']*)', '([^']*)', '([^']*)'\)")
-
-
-def in_shell_words(message: str) -> str:
-    """The message with ``after='layer3'`` written as the command line takes it: ``--after layer3``."""
-
-    def selector(match: re.Match[str]) -> str:
-        keyword, several, one = match.groups()
-        names = re.findall(r"'([^']*)'|\"([^\"]*)\"", several or one)
-        return " ".join(f"--{keyword} {shlex.quote(single or double)}" for single, double in names)
-
-    def edge(match: re.Match[str]) -> str:
-        option, source, target, arg = match.groups()
-        return ("--edge " if option else "") + shlex.quote(f"{source} -> {target} (argument {arg})")
-
-    message = message.replace("print(grl_surgery.graph(model))", f"'{NAME} graph MODEL'")
-    message = re.sub(r"(?<![\w(])(?<!, )coeff=", "--coeff ", message)
-    return _SELECTOR.sub(selector, _EDGE.sub(edge, message))

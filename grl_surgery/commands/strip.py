@@ -9,6 +9,7 @@ import typer
 from rich.text import Text
 
 from grl_surgery.commands.networks import (
+    check_can_be_cut,
     is_exported,
     load,
     run,
@@ -22,12 +23,13 @@ from grl_surgery.commands.options import (
     Checkpoint,
     InputSize,
     MadeFrom,
-    ModelOrFile,
+    ModelOrCheckpoint,
     OnEdge,
     Output,
     Pretrained,
 )
 from grl_surgery.commands.streams import FAILED, stdout, working
+from grl_surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,7 +40,7 @@ __all__ = ["strip"]
 
 
 def strip(
-    model: ModelOrFile,
+    model: ModelOrCheckpoint,
     after: After = None,
     before: Before = None,
     edge: OnEdge = None,
@@ -55,20 +57,25 @@ def strip(
     """
     from grl_surgery.splicing import strip as take_out
 
+    if is_exported(model) and (after or before or edge):
+        raise SurgeryError(
+            f"all that was spliced into {model} is taken out: leave out --after, --before and --edge"
+        )
     loaded = load(model, pretrained, checkpoint, input_size, batch, made_from=made_from)
+    check_can_be_cut(loaded)
     if is_exported(model):
         stripped = take_out(loaded.module)
         tensors, before_it = len(stripped.state_dict()), len(loaded.module.state_dict())
         counts = f"{tensors} of {before_it} tensors"
         stdout().out(f"{model}: {type(stripped).__name__} again, {counts}", highlight=False)
-        if output:
+        if output is not None:
             write(stripped, output, loaded)
         return
     with working("Splicing and stripping"):
         stripped = take_out(splice(loaded.module, after, before, edge, 1.0))
         checks = _compare(loaded, stripped)
     _print_checks(checks)
-    if output:
+    if output is not None:
         write(stripped, output, loaded)
     raise typer.Exit(0 if all(same for _, same, _ in checks) else FAILED)
 

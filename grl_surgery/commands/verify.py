@@ -11,6 +11,7 @@ from rich.text import Text
 
 from grl_surgery.commands.networks import (
     INPUTS,
+    check_can_be_cut,
     load,
     run,
     spliced_or_as_it_is,
@@ -21,7 +22,6 @@ from grl_surgery.commands.options import (
     Batch,
     Before,
     Checkpoint,
-    Coeff,
     InputSize,
     MadeFrom,
     Mode,
@@ -46,8 +46,17 @@ def verify(
     after: After = None,
     before: Before = None,
     edge: OnEdge = None,
-    coeff: Coeff = 1.0,
-    mode: Annotated[Mode, typer.Option(help="Mode to verify in.", show_choices=True)] = Mode.train,
+    coeff: Annotated[
+        float | None,
+        typer.Option(
+            metavar="NUMBER",
+            help="The gradient is multiplied by minus this. [default: 1.0]",
+            show_default=False,
+        ),
+    ] = None,
+    mode: Annotated[
+        Mode | None, typer.Option(help="Mode to verify in. [default: train]", show_default=False)
+    ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Of all random numbers.")] = 0,
     html: Annotated[
         str | None,
@@ -64,15 +73,15 @@ def verify(
 
     A model or a file that has reversals already is verified as it is, without --after.
     """
+    modes = _modes(model, mode)
     loaded = load(model, pretrained, checkpoint, input_size, batch, seed, made_from)
+    if after or before or edge:
+        check_can_be_cut(loaded)
     with working("Splicing"):
         spliced = spliced_or_as_it_is(loaded.module, after, before, edge, coeff)
-    modes: list[Literal["train", "eval"] | None] = ["train", "eval"] if mode is Mode.both else [mode.value]
-    if model.endswith(".pt2"):
-        modes = [None]  # a program has the mode that it was recorded in
     reports = [_verify(loaded, spliced, one, seed) for one in modes]
     ok = all(report.ok for report in reports)
-    if html:
+    if html is not None:
         _write_page(html, reports)
     if as_json:
         found = {"model": model, "ok": ok, "reports": [report.to_dict() for report in reports]}
@@ -80,6 +89,15 @@ def verify(
     else:
         _print_reports(reports)
     raise typer.Exit(0 if ok else FAILED)
+
+
+def _modes(model: str, mode: Mode | None) -> list[Literal["train", "eval"] | None]:
+    """The modes to verify in; None for a program, which has the one that it was recorded in."""
+    if model.endswith(".pt2"):
+        if mode:
+            raise SurgeryError(f"{model} has the mode that it was recorded in and no other: leave out --mode")
+        return [None]
+    return ["train", "eval"] if mode is Mode.both else [(mode or Mode.train).value]
 
 
 def _write_page(path: str, reports: Sequence[FlipReport]) -> None:

@@ -54,6 +54,14 @@ def zoo(
     with working("Importing"):
         from grl_surgery.zoo.ledger import read_rows, write_rows
 
+    if resume and ledger is None:
+        raise SurgeryError(
+            "--resume goes on with a ledger, and none is named", example="--resume --ledger zoo.jsonl"
+        )
+    if ledger is not None and (Path(ledger).is_dir() or not Path(ledger).parent.is_dir()):
+        raise SurgeryError(
+            f"there can be no file {ledger!r}: it is a folder, or lies in none", example="zoo.jsonl"
+        )
     if ledger and Path(ledger).exists() and not resume:
         raise SurgeryError(
             f"{ledger} exists, and what it holds would be lost", example=f"--ledger {ledger} --resume"

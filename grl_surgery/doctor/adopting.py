@@ -21,7 +21,7 @@ from grl_surgery.errors import FlipError, SurgeryError, TracingError
 from grl_surgery.function_calls import FunctionCall
 from grl_surgery.points import escape
 from grl_surgery.schedules import Schedule
-from grl_surgery.sharing import share_copy
+from grl_surgery.sharing import exchange, share_copy
 from grl_surgery.spliced_module import Cut
 from grl_surgery.splicing import arguments_kept, check_model, patient, splice
 from grl_surgery.tracing import trace
@@ -61,7 +61,8 @@ def adopt(model: nn.Module, example_inputs: Any = None, *, seed: int = 0) -> Ado
         The report; ``.model`` is the network.
 
     Raises:
-        SurgeryError: There is nothing to adopt; the message says what was found instead.
+        SurgeryError: There is nothing to adopt, and the message says what was found instead; or the network
+            does not run on the example inputs.
         FlipError: The gradients are not what they were.
     """
     check_model(model, "adopt")
@@ -190,10 +191,7 @@ def _with_layer(model: nn.Module, site: Site, home: Home | None) -> nn.Module:
     new = _layer_like(old, _coeff(site), home, site)
     if old is tree:
         return new
-    for module in list(tree.modules()):
-        for name, child in module._modules.items():
-            if child is old:
-                module._modules[name] = new
+    exchange(tree, old, new)
     return tree
 
 

@@ -28,7 +28,8 @@ def find_reversals(model: nn.Module, example_inputs: Any = None) -> tuple[Findin
     Nothing is recognised by its name. The network runs once, privately, and whatever passes its input on
     unchanged is given a gradient of random numbers: modules, autograd Functions (also those behind custom
     operators) and hooks on tensors. A whole backward pass shows whether a gradient arrives there at all,
-    where it goes on to, and whether it is reversed again.
+    where it goes on to, and whether it is reversed again. Arithmetic between other lines of a forward, such
+    as ``2 * x.detach() - x``, is none of these calls: it is found where a module of its own computes it.
 
     Example:
         >>> import torch
@@ -47,7 +48,7 @@ def find_reversals(model: nn.Module, example_inputs: Any = None) -> tuple[Findin
         What was found, in the order of the forward.
 
     Raises:
-        SurgeryError: There are no example inputs, or the model is no network.
+        SurgeryError: There are no example inputs, the network does not run on them, or it is no network.
     """
     check_model(model, "find_reversals")
     inputs = inputs_of(model, example_inputs, "find_reversals")
@@ -88,7 +89,7 @@ def diagnose(
         The diagnosis, which prints as a table.
 
     Raises:
-        SurgeryError: There are no example inputs, or the model is no network.
+        SurgeryError: There are no example inputs, the network does not run on them, or it is no network.
     """
     check_model(model, "diagnose")
     inputs = inputs_of(model, example_inputs, "diagnose")
@@ -150,6 +151,6 @@ def assert_flips(model: nn.Module, example_inputs: Any = None, *, seed: int = 0)
 
     Raises:
         FlipError: Naming what is lost, and where.
-        SurgeryError: There are no example inputs, or the model is no network.
+        SurgeryError: There are no example inputs, the network does not run on them, or it is no network.
     """
     diagnose(model, example_inputs, seed=seed).raise_if_lost()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import reprlib
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from grl_surgery.doctor.rig import Rig, private_runs
@@ -69,9 +71,15 @@ class Observation:
         return nodes_below([output.grad_fn for output in self.outputs])
 
 
-def observe(rig: Rig, neutral: frozenset[Key] = frozenset(), watch: Watch | None = None) -> Observation:
-    """Run a rig's network once and record; what goes wrong is recorded as well."""
-    watch = watch or Watch.of(rig, neutral)
+def observe(rig: Rig, neutral: frozenset[Key] = frozenset()) -> Observation:
+    """Run a rig's network once and record; what goes wrong is recorded as well.
+
+    Of the calls in ``neutral``, modules and hooks pass the gradient on; Functions do so once neutralised.
+    """
+    for kind, path, *_ in neutral:
+        if kind == "module":
+            rig.take_out(path)
+    watch = Watch.of(rig, neutral)
     observation = Observation(rig, watch)
     try:
         with watch.recording():
@@ -100,9 +108,16 @@ class Site:
 
 
 def examine(model: nn.Module, inputs: Any, *, seed: int = 0, training: bool | None = None) -> list[Site]:
-    """Find, measure and judge."""
+    """Find, measure and judge.
+
+    Raises:
+        SurgeryError: The network does not run on these inputs, and nothing like a reversal is to blame.
+    """
     with private_runs(model) as changed:
         first = observe(Rig.of(model, inputs, seed=seed, training=training))
+        if first.failure is not None:
+            fresh = Rig.of(model, inputs, seed=seed, training=training)
+            _raise_unless_reversal_failed(first, first.failure, fresh)
         sites = _judge(model, first)
         again = observe(first.rig) if first.failure is None else first
         later = again.factors
@@ -171,13 +186,16 @@ class _Flow:
         self.seen = seen
         self.failure = seen.failure
         self.entered: dict[Any, bool] = {}
+        self.overwriting: set[Any] = set()
         self.died: list[Any] = []
         self.passages: dict[Any, Factor] = {}
         if seen.failure is None:
             self._run({row.enters for row in seen.watch.passings if row.kind == "function"})
 
     def _run(self, watched: set[Any]) -> None:
-        handles = [node.register_hook(self._hook(node, node in watched)) for node in self.seen.reached]
+        handles = [
+            handle for node in self.seen.reached for handle in self._follow(node, measured=node in watched)
+        ]
         try:
             self.seen.rig.gradients_of(self.seen.outputs)
         except Exception as error:  # a backward of the user's
@@ -186,16 +204,24 @@ class _Flow:
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, node: Any, watched: bool) -> Any:
-        def hook(left: Sequence[Tensor | None], entered: Sequence[Tensor | None]) -> None:
-            arrives = _has_signal(entered)
-            self.entered[node] = self.entered.get(node, False) or arrives
-            if arrives and left and not _has_signal(left):
-                self.died.append(node)
-            if watched and arrives and len(entered) == 1 and left and entered[0] is not None:
-                self.passages[node] = ratio(entered[0], left[0])
+    def _follow(self, node: Any, *, measured: bool) -> tuple[Any, Any]:
+        """Look at what arrives before the node's backward runs, which may overwrite it."""
+        kept: list[Tensor] = []
 
-        return hook
+        def before(entered: Sequence[Tensor | None]) -> None:
+            self.entered[node] = _has_signal(entered)
+            if measured and self.entered[node] and len(entered) == 1:
+                kept.extend(gradient.clone() for gradient in entered if gradient is not None)
+
+        def after(left: Sequence[Tensor | None], entered: Sequence[Tensor | None]) -> None:
+            if self.entered[node] and left and not _has_signal(left):
+                self.died.append(node)
+            for arrived, leaves, found in zip(kept, left, entered, strict=False):
+                self.passages[node] = ratio(arrived, leaves)
+                if found is not None and not torch.allclose(arrived, found, rtol=0, atol=0, equal_nan=True):
+                    self.overwriting.add(node)
+
+        return node.register_prehook(before), node.register_hook(after)
 
     def finding(self, model: nn.Module, row: Passing, inner: Sequence[Passing]) -> Finding:
         """The verdict on one place."""
@@ -209,6 +235,7 @@ class _Flow:
             factor=None if isinstance(factor, Exception) else factor,
             verdict=verdict,
             note=note,
+            remarks=(_OVERWRITES,) if row.enters in self.overwriting else (),
             source=inner[0].source if inner else row.source,
             ours=isinstance(row.own, type) and issubclass(row.own, GradientReversal),
         )
@@ -272,6 +299,9 @@ class _Flow:
         return None
 
 
+_OVERWRITES = "its backward overwrites the gradient it is given, which another branch may share"
+
+
 def _keeps(row: Passing, factor: Factor) -> tuple[str, str]:
     if factor != 1.0:
         return "un-reverses", f"the gradient is multiplied by {shown_factor(factor)}: its sign is kept"
@@ -325,6 +355,36 @@ def _with_movement(site: Site, later: Mapping[Key, Factor | Exception], changed:
 
 
 # ------------------------------------------------------------------------------------------- what goes wrong
+
+
+def _raise_unless_reversal_failed(seen: Observation, error: Exception, fresh: Rig) -> None:
+    """A forward that raised is a finding only where something like a reversal is to blame for it."""
+    overwritten = "inplace" in str(error) and any(not _is_idle(row, seen) for row in seen.watch.passings)
+    if overwritten or _runs_without(fresh, seen.watch.failed_in or ""):
+        return
+    sizes = ", ".join(map(_size, (*fresh.args, *fresh.kwargs.values()))) or "nothing"
+    raise SurgeryError(
+        f"this {type(seen.rig.network).__name__} does not run on inputs of {sizes}: {one_line(error)}",
+        example="diagnose(model, example_inputs), where model(example_inputs) runs",
+    ) from error
+
+
+def _runs_without(rig: Rig, path: str) -> bool:
+    """Whether the network runs where a module passes its input on, as a reversal does."""
+    module = rig.network.get_submodule(path)
+    learns = any(parameter.numel() > 1 for parameter in module.parameters())
+    if learns or type(module).__module__.startswith("torch."):
+        return False
+    rig.take_out(path)
+    return observe(rig).failure is None
+
+
+def _size(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_size, value))}]"
+    if not isinstance(value, Tensor):
+        return reprlib.repr(value)
+    return "x".join(map(str, value.shape)) or "one number"
 
 
 def _failure(model: nn.Module, seen: Observation, error: Exception) -> Finding:

@@ -70,7 +70,10 @@ class Diagnosis(_Printed):
         alive = sum(row.ok for row in self.findings)
         others = _counted(len(self.findings) - alive, "place") + " that only looks like a reversal"
         if not self.findings:
-            return "nothing in this network reverses a gradient, or looks as if it did"
+            return (
+                "no module, autograd Function or hook in this network reverses a gradient; "
+                "arithmetic such as 2 * x.detach() - x is seen in a module of its own only"
+            )
         if not alive:
             return f"no gradient is reversed; {others}"
         lost = sum(row.is_silent for row in self.outcomes) or "none"
@@ -215,7 +218,8 @@ class Adoption(_Printed):
         left: What was not.
         difference: The largest relative difference of a gradient before and after, in eager mode, train and
             eval; 0 is bit for bit; None where the network did not run before.
-        outcomes: What becomes of the reversals now, context by context.
+        outcomes: What becomes of the reversals now, context by context; empty where no gradient arrives at
+            any of them.
     """
 
     model: nn.Module
@@ -236,6 +240,8 @@ class Adoption(_Printed):
         equal = {None: "the network did not run before", 0.0: "gradients in eager mode equal bit for bit"}
         proof = equal.get(self.difference, f"gradients in eager mode equal to {self.difference}")
         words = f"{_counted(count, 'reversal')} adopted; {proof}"
+        if not self.outcomes:
+            return f"{words}; no gradient arrives there, so that no context can be compared"
         alive = sum(row.status == "alive" for row in self.outcomes)
         return f"{words}; alive in {alive} of {_counted(len(self.outcomes), 'context')}"
 

@@ -78,6 +78,14 @@ class Rig:
         self.inputs[f"input {len(self.inputs)}"] = leaf = copied.requires_grad_()
         return leaf
 
+    def take_out(self, path: str) -> None:
+        """Put the identity in place of a module."""
+        parent, _, name = path.rpartition(".")
+        if path:
+            self.network.get_submodule(parent)._modules[name] = _PassesOn()
+        else:
+            self.network = _PassesOn()
+
     def fresh_inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments once more: no leaves, since a forward may overwrite what it is given."""
         return pytree.tree_map_only(torch.Tensor, torch.clone, (self.args, self.kwargs))  # type: ignore[no-any-return]
@@ -113,6 +121,13 @@ class Rig:
         found = torch.autograd.grad(scalar, list(leaves.values()), retain_graph=True, allow_unused=True)
         pairs = zip(leaves.items(), found, strict=True)
         return {name: torch.zeros_like(leaf) if g is None else g.detach() for (name, leaf), g in pairs}
+
+
+class _PassesOn(nn.Module):
+    """The identity, however it is called."""
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        return x
 
 
 # -------------------------------------------------------------------------- what all instances have in common

@@ -185,7 +185,7 @@ class Watch:
             probe = _probe(output)
             if not output.requires_grad:
                 return 0.0
-            (found,) = torch.autograd.grad(output, leaf, probe, allow_unused=True)
+            (found,) = torch.autograd.grad(output, leaf, probe.clone(), allow_unused=True)
             return ratio(probe, found)
 
         return measure
@@ -245,16 +245,13 @@ class Watch:
             if not goes_on or slot >= len(edges) or edges[slot][0] is None:
                 return None
             (found,) = torch.autograd.grad(
-                GradientEdge(ctx, leaving), GradientEdge(*edges[slot]), probe, retain_graph=True
+                GradientEdge(ctx, leaving), GradientEdge(*edges[slot]), probe.clone(), retain_graph=True
             )
             return ratio(probe, found)
 
         def neutralise() -> None:
-            def replace(left: Any, entered: Any) -> Any:
-                return tuple(entered[leaving] if at == slot else value for at, value in enumerate(left))
-
             if goes_on:
-                ctx.register_hook(replace)
+                _pass_on(ctx, leaving, slot)
 
         name = kind.__qualname__.removeprefix("GeneratedBackwardFor_").removesuffix("_default")
         self.passings.append(
@@ -286,8 +283,9 @@ class Watch:
             probe = _probe(tensor)
 
             def measure() -> Factor:
-                found = hook(probe)
-                return 1.0 if found is None else ratio(probe, found)
+                entered = probe.clone()
+                found = hook(entered)
+                return ratio(probe, entered if found is None else found)
 
             row = Passing(
                 kind="hook",
@@ -312,6 +310,21 @@ class Watch:
 
 def _ignore(gradient: Tensor) -> None:
     """A hook that leaves the gradient as it is."""
+
+
+def _pass_on(node: Any, leaving: int, slot: int) -> None:
+    """Give the input in this slot the gradient of that output, whatever the node's backward makes of it."""
+    kept: dict[int, Tensor | None] = {}
+
+    def keep(entered: Sequence[Tensor | None]) -> None:
+        gradient = entered[leaving]
+        kept[leaving] = None if gradient is None else gradient.clone()  # a backward may overwrite it
+
+    def replace(left: Sequence[Tensor | None], entered: Sequence[Tensor | None]) -> Any:
+        return tuple(kept[leaving] if at == slot else value for at, value in enumerate(left))
+
+    node.register_prehook(keep)
+    node.register_hook(replace)
 
 
 # ------------------------------------------------------------------------------------------- the measurements

@@ -44,7 +44,7 @@ def _verdict(report: FlipReport, names_mode: bool) -> str:
     """The sentence, and what is wrong with the network as a whole."""
     status = "OK" if report.ok else "FAILED"
     mode = f"In {escape(report.mode)} mode: " if names_mode else ""
-    problems = "".join(f"<li>{escape(problem)}</li>" for problem in report.problems)
+    problems = "".join(f"<li>{escape(problem)}</li>" for problem in report.complaints)
     return (
         f'<p class="verdict {status.lower()}"><strong>{status}</strong> {mode}{escape(report.verdict)}</p>'
         + (f'<ul class="problems">{problems}</ul>' if problems else "")

@@ -11,7 +11,7 @@ from torch import fx, nn
 from grl_surgery.cutting import apply_cuts, modules_to_open
 from grl_surgery.links import links
 from grl_surgery.points import Edge
-from grl_surgery.spliced_module import Cut, SplicedModule
+from grl_surgery.spliced_module import Cut, SplicedModule, taken_apart
 
 __all__ = ["forward_diff", "reversed_edges", "spliced_parts"]
 
@@ -27,7 +27,7 @@ def reversed_edges(part: SplicedModule, cut: Cut) -> list[Edge]:
     Example:
         >>> from grl_surgery.splicing import insert_grl
         >>> spliced = insert_grl(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), after="0")
-        >>> [str(edge) for edge in reversed_edges(spliced, spliced.cuts[0])]
+        >>> [str(edge) for edge in reversed_edges(spliced, spliced.grl_surgery.cuts[0])]
         ['0 -> 1']
     """
     calls = [node for node in part.graph.nodes if node.op == "call_module" and node.target == cut.module]
@@ -57,8 +57,8 @@ def forward_diff(part: SplicedModule, name: str = "forward") -> str:
         >>> print(forward_diff(spliced).splitlines()[-3])
         +    grl_0 = self.grl_0(_0)
     """
-    original, _ = part.taken_apart()
-    plain = apply_cuts(original, [], opened=modules_to_open(original, part.cuts), given=part.arguments)
+    (original, _), done = taken_apart(part), part.grl_surgery
+    plain = apply_cuts(original, [], opened=modules_to_open(original, done.cuts), given=done.arguments)
     flags = tuple(original.get_submodule(path).training for path in plain.steering)
     before = plain.graphs.get(flags) or next(iter(plain.graphs.values()))
     lines = difflib.unified_diff(

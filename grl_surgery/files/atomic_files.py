@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from grl_surgery.errors import ExportError
@@ -19,7 +19,8 @@ Step = Callable[[Path], None]
 def write_file(path: Path, write: Step, check: Step) -> None:
     """Write a file under another name in the same folder, check it, and only then give it its name.
 
-    At every moment ``path`` is what it was before, whole, or the new file, whole.
+    At every moment ``path`` is what it was before, whole, or the new file, whole. A link stays a link, and
+    the file that it leads to is replaced; a file that is replaced hands its permissions on.
 
     Example:
         >>> path = Path(tempfile.mkdtemp(), "a.txt")
@@ -35,19 +36,23 @@ def write_file(path: Path, write: Step, check: Step) -> None:
     Raises:
         ExportError: The folder does not exist, a folder has that name, or the system refuses to write.
     """
-    _check_parent(path)
+    place = _checked_place(path)
     if path.is_dir():
-        raise ExportError(f"{path} is a folder, and a file is to be written", example=f"{path}/model.pt2")
-    with _said_where(path), _temporary_folder(path) as folder:
+        raise ExportError(
+            f"{path} is a folder, and a file is to be written",
+            example=f"a name in it: {str(path / f'model{path.suffix}')!r}",
+        )
+    with _said_where(path), _temporary_folder(place) as folder:
         draft = folder / path.name
         write(draft)
         _to_disk(draft)
         check(draft)
-        os.replace(draft, path)
-        _to_disk(path.parent)
+        _set_mode(draft, place)
+        os.replace(draft, place)
+        _to_disk(place.parent)
 
 
-def write_folder(path: Path, write: Step, check: Step, is_ours: Callable[[Path], bool]) -> None:
+def write_folder(path: Path, write: Step, check: Step, foreign: Callable[[Path], Sequence[str]]) -> None:
     """Write a folder of files as :func:`write_file` writes one.
 
     A folder cannot be replaced in one step: the previous one is renamed to ``.NAME.previous``, and removed
@@ -57,29 +62,49 @@ def write_folder(path: Path, write: Step, check: Step, is_ours: Callable[[Path],
         path: The final name.
         write: Writes the files into the folder that it is given.
         check: Reads them back, and raises if they are not good.
-        is_ours: Whether an existing folder may be replaced.
+        foreign: The names of what would be lost with an existing folder, which it may not be.
 
     Raises:
-        ExportError: Something else has that name, or the system refuses to write.
+        ExportError: Something else has that name or lies in the folder, or the system refuses to write.
     """
-    _check_parent(path)
-    if path.exists() and not (path.is_dir() and (is_ours(path) or not any(path.iterdir()))):
-        raise ExportError(
-            f"{path} exists and was not written by export, so it is not replaced", example=f"{path}-spliced"
-        )
-    with _said_where(path), _temporary_folder(path) as folder:
+    place = _checked_place(path)
+    for existing in (path, _previous(place)):
+        _check_replaceable(existing, foreign)
+    with _said_where(path), _temporary_folder(place) as folder:
         draft = folder / path.name
         draft.mkdir()
         write(draft)
         for file in [*sorted(draft.iterdir()), draft]:
             _to_disk(file)
         check(draft)
-        _exchange(draft, path)
-        _to_disk(path.parent)
+        for file in [*sorted(draft.iterdir()), draft]:
+            _set_mode(file, place / file.relative_to(draft))
+        _exchange(draft, place)
+        _to_disk(place.parent)
+
+
+def _check_replaceable(path: Path, foreign: Callable[[Path], Sequence[str]]) -> None:
+    if not path.exists():
+        return
+    lost = foreign(path) if path.is_dir() else [path.name]
+    if lost:
+        others = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
+        raise ExportError(
+            f"{path} is not replaced, which would lose what export did not write or what was changed since: "
+            f"{', '.join(lost[:_SHOWN])}{others}",
+            example=f"another name: {f'{path}-spliced'!r}",
+        )
+
+
+_SHOWN = 5
+
+
+def _previous(path: Path) -> Path:
+    return path.with_name(f".{path.name}.previous")
 
 
 def _exchange(draft: Path, path: Path) -> None:
-    previous = path.with_name(f".{path.name}.previous")
+    previous = _previous(path)
     if previous.exists():  # left by a machine that stopped here
         if path.exists():
             shutil.rmtree(previous)
@@ -97,12 +122,29 @@ def _exchange(draft: Path, path: Path) -> None:
         shutil.rmtree(previous)
 
 
-def _check_parent(path: Path) -> None:
-    if not path.parent.is_dir():
+def _checked_place(path: Path) -> Path:
+    """Where the file lies that ``path`` names, at the end of all links; its folder is there."""
+    if not path.name:
+        raise ExportError(f"{str(path)!r} is no name of a file", example="'model.safetensors'")
+    place = Path(os.path.realpath(path))
+    if not place.parent.is_dir():
+        folder = place.parent if path.is_symlink() else path.parent
         raise ExportError(
-            f"there is no folder {str(path.parent)!r} to write {path.name!r} into",
-            example=f"export(m, {path.name!r}), or make the folder first",
+            f"there is no folder {str(folder)!r} to write {path.name!r} into",
+            example=f"{path.name!r}, or make the folder first",
         )
+    return place
+
+
+def _set_mode(draft: Path, replaced: Path) -> None:
+    """The permissions of what is replaced, or those of any new file: safetensors writes private ones."""
+    if replaced.exists():
+        shutil.copymode(replaced, draft)
+    elif draft.is_file():
+        fresh = draft.with_name(f"{draft.name}.mode")
+        fresh.touch()
+        shutil.copymode(fresh, draft)
+        fresh.unlink()
 
 
 @contextlib.contextmanager
@@ -113,13 +155,13 @@ def _said_where(path: Path) -> Iterator[None]:
     except OSError as error:
         raise ExportError(
             f"{path} cannot be written: {error.strerror or error}; what was there before is as it was",
-            example=f"export(m, {os.path.join(tempfile.gettempdir(), path.name)!r})",
+            example=f"another folder: {os.path.join(tempfile.gettempdir(), path.name)!r}",
         ) from error
 
 
 @contextlib.contextmanager
 def _temporary_folder(path: Path) -> Iterator[Path]:
-    """In the same file system as ``path``, or renaming would be copying; gone afterwards in any case."""
+    """In the file system of ``path``, or renaming would be copying; gone afterwards in any case."""
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
         yield folder

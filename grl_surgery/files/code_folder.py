@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
+import keyword
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -22,12 +24,13 @@ from grl_surgery.spliced_module import SplicedModule
 from grl_surgery.splicing import reversals
 from grl_surgery.verification import verify_flip
 
-__all__ = ["WEIGHTS", "check_folder", "is_ours", "write_code"]
+__all__ = ["WEIGHTS", "check_folder", "foreign", "write_code"]
 
 WEIGHTS = "model.safetensors"
 _CODE, _CONFIG, _CARD = "model.py", "config.json", "README.md"
 _LIBRARY = "grl_surgery"
 _LARGEST_LITERAL = 64
+_MADE_BY_OTHERS = frozenset(["__pycache__", ".DS_Store"])  # by importing model.py, by looking at the folder
 
 
 def write_code(
@@ -46,17 +49,41 @@ def write_code(
     write_checkpoint(model, folder / WEIGHTS, source, options)
     proof = _proof(model, inputs)
     (folder / _CODE).write_text(_Code(model, recipe).text(), encoding="utf-8")
-    (folder / _CONFIG).write_text(json.dumps(_config(recipe, proof), indent=2) + "\n", encoding="utf-8")
     (folder / _CARD).write_text(_card(model, recipe, proof), encoding="utf-8")
+    files = {name: _hash((folder / name).read_bytes()) for name in (_CODE, WEIGHTS, _CARD)}
+    config = {**_config(recipe, proof), "files": files}
+    config["sha256"] = _hash_of_config(config)
+    (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def is_ours(folder: Path) -> bool:
-    """Whether export wrote this folder."""
+def foreign(folder: Path) -> list[str]:
+    """The names in a folder that export did not write, or that were changed since: all, if it wrote none."""
+    written = _written(folder)
+    return [
+        entry.name
+        for entry in sorted(folder.iterdir())
+        if entry.name not in _MADE_BY_OTHERS
+        and not (entry.is_file() and written.get(entry.name) == _hash(entry.read_bytes()))
+    ]
+
+
+def _written(folder: Path) -> dict[str, str]:
+    """The hashes of the files as export wrote them."""
     try:
-        config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and config.get("library_name") == _LIBRARY
+        content = (folder / _CONFIG).read_bytes()
+        config = json.loads(content)
+        own = {_CONFIG: _hash(content)} if config.pop("sha256") == _hash_of_config(config) else {}
+        return {**config["files"], **own}
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):  # no file of ours
+        return {}
+
+
+def _hash_of_config(config: Mapping[str, Any]) -> str:
+    return _hash(json.dumps(config).encode())
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def check_folder(model: nn.Module, folder: Path, inputs: programs.Inputs) -> None:
@@ -106,7 +133,7 @@ class _Code:
                 example="export(m, 'm.safetensors')",
             )
 
-        opaque = [path or "the root" for path, part in self.parts.items() if part.is_opaque]
+        opaque = [path or "the root" for path, part in self.parts.items() if part.grl_surgery.is_opaque]
         if opaque:
             raise ExportError(
                 f"the forward of {opaque[0]} runs as it is, so there is no graph to write as code",
@@ -129,7 +156,7 @@ class _Code:
         return f"Spliced{kind}{number + 1 if number else ''}"
 
     def _class(self, path: str, part: SplicedModule) -> str:
-        places = "; ".join(_in_words(part, cut) for cut in part.cuts)
+        places = "; ".join(_in_words(part, cut) for cut in part.grl_surgery.cuts)
         body = [
             f"class {self._name(path)}(nn.Module):",
             f'    """{places[:1].upper()}{places[1:]}."""',
@@ -144,24 +171,27 @@ class _Code:
 
     def _attributes(self, part: SplicedModule) -> list[str]:
         """What __init__ takes over from the network, and what is new."""
-        new = {cut.module for cut in part.cuts}
-        constants = set(part._traced.constants)
-        names = [name for held in (part._parameters, part._buffers, part._modules) for name in held]
+        new = {cut.module for cut in part.grl_surgery.cuts}
+        constants = set(part.grl_surgery.traced.constants)
+        names = [name for it in (part._parameters, part._buffers, part._modules) for name in it]
         lines = []
         for name in names:
             if name in new or name in constants:
                 continue
+            plain = name.isidentifier() and not keyword.iskeyword(name)
+            held = f"network.{name}" if plain else f"getattr(network, {name!r})"
             if name in part._buffers:
                 persistent = name not in part._non_persistent_buffers_set
                 extra = "" if persistent else ", persistent=False"
-                lines.append(f'self.register_buffer("{name}", network.{name}{extra})')
-            elif name.isidentifier():
-                lines.append(f"self.{name} = network.{name}")
+                lines.append(f'self.register_buffer("{name}", {held}{extra})')
             else:
-                lines.append(f"self.add_module({name!r}, network.get_submodule({name!r}))")
+                lines.append(f"self.{name} = {held}" if plain else f"setattr(self, {name!r}, {held})")
         for name in sorted(constants):
             lines.append(f'self.register_buffer("{name}", {self._literal(part, name)}, persistent=False)')
-        return [*lines, *(f"self.{cut.module} = {self._made(part, cut.module)}" for cut in part.cuts)]
+        return [
+            *lines,
+            *(f"self.{cut.module} = {self._made(part, cut.module)}" for cut in part.grl_surgery.cuts),
+        ]
 
     def _literal(self, part: SplicedModule, name: str) -> str:
         tensor = part.get_buffer(name)
@@ -224,19 +254,19 @@ class _Code:
     # -- forward
 
     def _forwards(self, part: SplicedModule) -> list[str]:
-        if not part._traced.steering:
+        if not part.grl_surgery.traced.steering:
             return self._forward(part, part.graph, "forward")
         lines = ["    def forward(self, *args, **kwargs):"]
         lines.append('        """Another computation in another mode."""')
         flags = ", ".join(
-            f"self.{path}.training" if path else "self.training" for path in part._traced.steering
+            f"self.{path}.training" if path else "self.training" for path in part.grl_surgery.traced.steering
         )
         lines.append(f"        mode = ({flags},)")
-        for number, known in enumerate(part._graphs, start=1):
+        for number, known in enumerate(part.grl_surgery.traced.graphs, start=1):
             lines.append(f"        if mode == {known}:")
             lines.append(f"            return self.forward_{number}(*args, **kwargs)")
         lines.append('        raise RuntimeError(f"no forward was recorded for the mode {mode}")')
-        for number, graph in enumerate(part._graphs.values(), start=1):
+        for number, graph in enumerate(part.grl_surgery.traced.graphs.values(), start=1):
             lines += ["", *self._forward(part, graph, f"forward_{number}")]
         return lines
 
@@ -356,7 +386,7 @@ def _card(model: nn.Module, recipe: Recipe, proof: dict[str, Any] | None) -> str
     rows = [
         f"| `{f'{path}.' if path else ''}{cut.module}` | {_in_words(part, cut)} |"
         for path, part in parts.items()
-        for cut in part.cuts
+        for cut in part.grl_surgery.cuts
     ]
     coefficients = [
         f"- `{path}`: {float.fromhex(row['coeff']):g}" for path, row in recipe["reversals"].items()

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from grl_surgery.forward_text import Signature
 from grl_surgery.tracer import check_fixed, check_kind
 
 __all__ = ["forward_lines"]
@@ -42,7 +43,8 @@ def _without_checks(graph: fx.Graph) -> fx.Graph:
     """A copy without the arguments that surgery has fixed: Python itself refuses them then."""
     plain = fx.Graph()
     result = plain.graph_copy(graph, {})
-    plain.set_codegen(graph._codegen)
+    codegen = graph._codegen
+    plain.set_codegen(codegen.without_checks() if isinstance(codegen, Signature) else codegen)
     plain.output(result)
     for node in list(plain.nodes):
         if node.target is check_fixed:

@@ -7,7 +7,6 @@ import copy
 import importlib
 import inspect
 import json
-import types
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from grl_surgery.files.plain_data import each, field
 from grl_surgery.files.program_archive import EXTRA, check_archive
 from grl_surgery.files.recipe import describe, tied
 from grl_surgery.generators import random_state_kept
+from grl_surgery.loaded_program import mark_as_program
 from grl_surgery.loading.inputs import as_arguments
 from grl_surgery.loading.inputs import example_inputs as known_inputs
 from grl_surgery.measurement import private_copy, tensors_in
@@ -123,7 +123,7 @@ def record(
 ) -> torch.export.ExportedProgram:
     """The network as a program, in its present mode, for any batch size if ``dynamic``."""
     private = _private(model)
-    args, kwargs = copy.deepcopy(inputs)
+    args, kwargs = _of_several(copy.deepcopy(inputs)) if dynamic else copy.deepcopy(inputs)
     shapes = _batch_sizes((args, kwargs)) if dynamic else None
     try:
         with torch.set_grad_enabled(purpose == "training"), random_state_kept(), _quiet():
@@ -135,7 +135,8 @@ def record(
     except Exception as error:
         raise ExportError(
             f"torch.export cannot record this {type(model).__name__}: {_first_line(error)}",
-            example="export(m, 'm.pt2', dynamic=False), for one batch size; or export(m, 'm.safetensors')",
+            example="example inputs of two or more; export(m, 'm.pt2', dynamic=False), for one batch size; "
+            "or export(m, 'm.safetensors')",
         ) from error
 
 
@@ -143,7 +144,7 @@ def _private(model: nn.Module) -> nn.Module:
     """A copy over the same tensors, of a network with several graphs only the one of the present mode."""
     private = private_copy(model, {})
     if isinstance(private, SplicedModule):
-        if private._traced.steering:
+        if private.grl_surgery.traced.steering:
             private = fx.GraphModule(private, copy.deepcopy(private.graph), type(model).__name__)
             private.train(model.training)
         _give_lists_of_their_own(private)
@@ -162,8 +163,10 @@ def _give_lists_of_their_own(network: fx.GraphModule) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {line[:300]}"
+    """What torch says first; with the line that a colon announces."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return f"{type(error).__name__}: {said[:300]}"
 
 
 def _surgery_of(model: nn.Module) -> dict[str, Any]:
@@ -176,10 +179,21 @@ def _surgery_of(model: nn.Module) -> dict[str, Any]:
 
 def _batch_sizes(inputs: Any) -> Any:
     """The first axis is free, of every input that is as long there as the first one."""
-    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor) and leaf.dim()]
-    batch = tensors[0].shape[0] if tensors else None
-    free = {id(tensor) for tensor in tensors if tensor.shape[0] == batch}
+    free = {id(tensor) for tensor in _of_one_batch(inputs)}
     return pytree.tree_map(lambda leaf: {0: torch.export.Dim.DYNAMIC} if id(leaf) in free else None, inputs)
+
+
+def _of_one_batch(inputs: Any) -> list[torch.Tensor]:
+    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor) and leaf.dim()]
+    return [tensor for tensor in tensors if tensor.shape[0] == tensors[0].shape[0]]
+
+
+def _of_several(inputs: Any) -> Any:
+    """The inputs, with a batch of one twice: torch takes a size of 1 for one that is always 1."""
+    single = {id(tensor) for tensor in _of_one_batch(inputs) if tensor.shape[0] == 1}
+    return pytree.tree_map(
+        lambda leaf: torch.cat([leaf, leaf]).detach() if id(leaf) in single else leaf, inputs
+    )
 
 
 def _by_argument(model: nn.Module, shapes: Any, args: Any, kwargs: Any) -> Any:
@@ -228,32 +242,10 @@ def read_program(path: Path) -> nn.Module:
     _as_layers(network)
     for names in each(field(extra, "tied", list), list, "'tied'"):
         _tie(network, each(names, str, "'tied'"))
-    _fix_mode(network, field(extra, "training", bool))
+    mark_as_program(network, field(extra, "training", bool))
     if program.example_inputs is not None and not program.example_inputs[1]:
         network.example_inputs = program.example_inputs[0]
     return network  # type: ignore[no-any-return]
-
-
-def _fix_mode(network: nn.Module, training: bool) -> None:
-    """Give the program the mode that it was recorded in; there is nothing in it that could change."""
-    for module in network.modules():
-        module.training = training
-    network.__dict__["train"] = types.MethodType(_train, network)
-    network.__dict__["eval"] = types.MethodType(_eval, network)
-
-
-def _train(self: nn.Module, mode: bool = True) -> nn.Module:
-    if mode == self.training:
-        return self
-    modes = {True: "train", False: "eval"}
-    raise SurgeryError(
-        f"this program was recorded in {modes[self.training]} mode and has no other",
-        example=f"export(m.{modes[mode]}(), 'm.pt2') before",
-    )
-
-
-def _eval(self: nn.Module) -> nn.Module:
-    return _train(self, False)
 
 
 def _tie(network: nn.Module, names: Sequence[str]) -> None:

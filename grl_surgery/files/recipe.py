@@ -21,7 +21,7 @@ from grl_surgery.files.plain_data import each, field, optional
 from grl_surgery.files.sources import build_source, find_source, module_lines, within_memory
 from grl_surgery.points import Edge
 from grl_surgery.reversal import GradientReversal
-from grl_surgery.sharing import share_copy
+from grl_surgery.sharing import exchange, share_copy
 from grl_surgery.spliced_module import Cut, SplicedModule
 from grl_surgery.splicing import reversals, strip
 
@@ -51,7 +51,7 @@ def describe(model: nn.Module, source: str | None = None, options: Mapping[str, 
         options: What else its maker was given, such as ``{"num_classes": 10}``; found with the source.
     """
     parts = _parts(model)
-    plain = strip(model) if any(part.cuts for part in parts.values()) else model
+    plain = strip(model) if any(part.grl_surgery.cuts for part in parts.values()) else model
     found, given = find_source(plain) if source is None else (source, {})
     lines = module_lines(plain)
     return {
@@ -78,9 +78,9 @@ def _parts(model: nn.Module) -> dict[str, SplicedModule]:
 def _part(path: str, part: SplicedModule) -> dict[str, Any]:
     return {
         "path": path,
-        "cuts": [_cut_data(cut) for cut in part.cuts],
-        "heads": {cut.module: _head_data(part, cut) for cut in part.cuts if cut.is_head},
-        "arguments": list(part.arguments),
+        "cuts": [_cut_data(cut) for cut in part.grl_surgery.cuts],
+        "heads": {cut.module: _head_data(part, cut) for cut in part.grl_surgery.cuts if cut.is_head},
+        "arguments": list(part.grl_surgery.arguments),
         "graph": _all_lines(part),
     }
 
@@ -139,10 +139,12 @@ def _graph_hash(parts: Mapping[str, SplicedModule]) -> str:
 
 def _all_lines(part: SplicedModule) -> list[str]:
     """The graphs of all modes as text: what each mode is, then one line for each operation."""
-    lines = [f"{part._traced.steering} {flags}" for flags in part._graphs]
-    graphs = [line for graph in part._graphs.values() for line in _graph_lines(graph)]
+    lines = [f"{part.grl_surgery.traced.steering} {flags}" for flags in part.grl_surgery.traced.graphs]
+    graphs = [line for graph in part.grl_surgery.traced.graphs.values() for line in _graph_lines(graph)]
     buffers = dict(part.named_buffers())
-    constants = [f"{name} = {_bytes_hash(buffers[name])}" for name in sorted(part._traced.constants)]
+    constants = [
+        f"{name} = {_bytes_hash(buffers[name])}" for name in sorted(part.grl_surgery.traced.constants)
+    ]
     return [*lines, *graphs, *constants]
 
 
@@ -318,8 +320,7 @@ def _replay(recipe: Recipe, base: nn.Module, own_heads: Mapping[str, nn.Module],
         if not path:
             tree = spliced
         else:
-            parent, _, name = path.rpartition(".")
-            tree.get_submodule(parent)._modules[name] = spliced
+            exchange(tree, host, spliced)
     if field(recipe, "graph", str) != _graph_hash(_parts(tree)):
         raise ExportError(f"the hash of the graph is not the one in the file{changed}")
     return tree

@@ -8,10 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from grl_surgery.errors import SurgeryError
 from grl_surgery.heads import find_heads
 from grl_surgery.integrations.scalars import scalars
 from grl_surgery.metrics import AdversarialMetrics
-from grl_surgery.schedules import CoefficientScheduler, dann
+from grl_surgery.schedules import CoefficientScheduler, check_schedule, dann
 
 __all__ = ["GradientReversalCallback"]
 
@@ -23,7 +24,8 @@ class GradientReversalCallback(TrainerCallback):
     head need its logits: call :meth:`watch` with them where the loss is computed. Trackers such as
     TensorBoard are callbacks themselves and see what callbacks before them have added: put this one first,
     ``trainer.callback_handler.callbacks.insert(0, callback)``, where they shall show it. A run that is
-    resumed goes on with exactly its coefficients, from the step that the trainer is at.
+    resumed goes on with exactly its coefficients, from the step that the trainer is at. Several heads take a
+    callback each, with a ``head``, an ``only`` and a ``prefix`` of its own.
 
     Example:
         >>> from grl_surgery.schedules import dann
@@ -33,6 +35,10 @@ class GradientReversalCallback(TrainerCallback):
         schedule: From progress in [0, 1] to the coefficient; :func:`grl_surgery.schedules.dann` by default.
         head: Name of the head to watch, where the network has several.
         only: Names of the reversals to drive; all by default.
+        prefix: What each logged name begins with.
+
+    Raises:
+        SurgeryError: ``schedule`` is no schedule.
     """
 
     def __init__(
@@ -41,9 +47,11 @@ class GradientReversalCallback(TrainerCallback):
         *,
         head: str | None = None,
         only: str | Sequence[str] | None = None,
+        prefix: str = "grl/",
     ) -> None:
         self.schedule = dann() if schedule is None else schedule
-        self.head, self.only = head, only
+        check_schedule(self.schedule)
+        self.head, self.only, self.prefix = head, only, prefix
         self.scheduler: CoefficientScheduler | None = None
         self.metrics: AdversarialMetrics | None = None
         self._watched: list[tuple[Tensor, Tensor | int]] = []
@@ -63,6 +71,9 @@ class GradientReversalCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Set the first coefficient, or the one of the step at which the run is resumed."""
+        if self.metrics is not None:  # of a run that ended with an exception, of which no callback is told
+            self.metrics.close()
+        self._watched.clear()
         model: nn.Module = kwargs["model"]
         self.scheduler = CoefficientScheduler(model, self.schedule, state.max_steps, only=self.only)
         self.scheduler.load_state_dict({**self.scheduler.state_dict(), "steps_done": state.global_step})
@@ -88,12 +99,21 @@ class GradientReversalCallback(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Add the coefficient and what was measured since the last record."""
+        """Add the coefficient and what was measured since the last record.
+
+        Raises:
+            SurgeryError: Another callback has added something of the same name.
+        """
         if self.scheduler is None:
             return
-        values = {"grl/coeff": self.scheduler.coeff}
+        values = {f"{self.prefix}coeff": self.scheduler.coeff}
+        if values.keys() & kwargs["logs"].keys():
+            raise SurgeryError(
+                f"two callbacks log under the prefix {self.prefix!r}",
+                example="GradientReversalCallback(head='early', only='early', prefix='early/')",
+            )
         if self.metrics is not None and self._measured:
-            values |= scalars(self.metrics.report())
+            values |= scalars(self.metrics.report(), self.prefix)
             self.metrics.reset()
             self._measured = False
         kwargs["logs"].update(values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import inspect
@@ -20,7 +21,7 @@ from grl_surgery.loading.downloads import one_line
 from grl_surgery.loading.inputs import as_inputs
 from grl_surgery.points import near_names
 
-__all__ = ["from_factory"]
+__all__ = ["from_factory", "no_factory_named"]
 
 _FORMS = "package.module:factory or file.py:factory"
 
@@ -50,6 +51,27 @@ def from_factory(source: str, pretrained: bool) -> tuple[nn.Module, tuple[Any, .
         module = _import_file(file.resolve(), file_module) if file else _import_package(place)
         made = _call(_attribute(module, place, name), source, pretrained)
     return _module_and_inputs(made, source)
+
+
+def no_factory_named(file: str) -> SurgeryError:
+    """The error of a file without a name in it; its functions and classes are read, and none of it is run."""
+    try:
+        body = ast.parse(Path(file).expanduser().read_bytes()).body
+    except (OSError, SyntaxError, ValueError):
+        body = []
+    public = [
+        f"{file}:{part.name}"
+        for part in body
+        if isinstance(part, (ast.FunctionDef, ast.ClassDef)) and part.name[0] != "_"
+    ]
+    return SurgeryError(
+        f"{file!r} is a file, and what makes the network in it is not named",
+        choices=public[:_SHOWN],
+        example=public[0] if public else f"{file}:factory",
+    )
+
+
+_SHOWN = 5
 
 
 @contextmanager

@@ -122,7 +122,7 @@ def _all_cuts(model: nn.Module, places: Sequence[Place], root: str) -> tuple[nn.
         spliced = insert_grl(model, after=points)
         spliced = insert_grl(spliced, edge=edges) if edges else spliced
         assert isinstance(spliced, SplicedModule)
-        return spliced, [cut.module for cut in spliced.cuts]
+        return spliced, [cut.module for cut in spliced.grl_surgery.cuts]
     coefficients = []
     for place in places:
         before = {id(layer.coeff) for layer in reversals(model).values()}
@@ -163,12 +163,12 @@ def _predicted(oracle: nn.Module, places: Sequence[Place]) -> dict[Place, Signs]
     """What the graph says of each reversal alone; nothing where the root is no graph."""
     if not shows_all(oracle):
         return {place: {} for place in places}
-    cuts = oracle.cuts
+    done = oracle.grl_surgery
     found = {}
-    for place, cut in zip(places, cuts, strict=True):
-        oracle.cuts = (cut,)
+    for place, cut in zip(places, done.cuts, strict=True):
+        oracle.grl_surgery = replace(done, cuts=(cut,))
         found[place] = predict(oracle)
-    oracle.cuts = cuts
+    oracle.grl_surgery = done
     return found
 
 

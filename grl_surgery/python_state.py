@@ -1,0 +1,201 @@
+"""Python objects that a forward may change while it is traced: noticed, and put back."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import random
+import types
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from grl_surgery.reachable import functions_of, names_in
+
+__all__ = ["python_state_kept"]
+
+
+@contextlib.contextmanager
+def python_state_kept(modules: Mapping[str, nn.Module]) -> Iterator[Callable[[], str | None]]:
+    """Put back what the forwards of these modules change in Python: a cache, a counter, a generator.
+
+    Watched are the modules' attributes, what these hold, and the containers and generators among the
+    attributes of their classes and the globals that their code names.
+
+    Args:
+        modules: By their paths; copies, whose own attributes are not put back.
+
+    Returns:
+        A function that says what has been changed by now, or None.
+    """
+    own = [
+        (path, kind, holder, dict(holder))
+        for path, module in modules.items()
+        for kind, holder in _holders(module)
+    ]
+    kept = _Kept()
+    for path, module in modules.items():
+        for name, value in vars(module).items():
+            if name not in _EVERY_MODULE_HAS:
+                kept.watch(value, f"{path}.{name}" if path else name)
+    for kind in dict.fromkeys(map(type, modules.values())):
+        for where, value in _shared(kind):
+            kept.watch(value, where)
+
+    def changed() -> str | None:
+        for path, kind, holder, before in own:
+            for name in _assigned(kind, holder, before):
+                where = f"{path}.{name}" if path else name
+                return f"it assigns self.{name}, and a graph would leave {where!r} as it is"
+        moved = kept.changed()
+        return moved and f"it changes {moved!r}, and a graph would leave it as it is"
+
+    try:
+        yield changed
+    finally:
+        kept.put_back()
+
+
+_EVERY_MODULE_HAS = frozenset(vars(nn.Module()))
+
+
+def _holders(module: nn.Module) -> Iterator[tuple[type, dict[str, Any]]]:
+    """The dicts in which a module keeps what is assigned to it."""
+    for holder in (vars(module), module._parameters, module._buffers, module._modules):
+        yield type(module), holder
+
+
+def _assigned(kind: type, holder: dict[str, Any], before: dict[str, Any]) -> Iterator[str]:
+    """Names whose values are not what they were; a cached property has only been read."""
+    for name in holder.keys() | before.keys():
+        value, old = holder.get(name, _MISSING), before.get(name, _MISSING)
+        if _same(value, old) or name.startswith("_constant_"):
+            continue
+        if isinstance(value, fx.Proxy) or not isinstance(
+            getattr(kind, name, None), functools.cached_property
+        ):
+            yield name
+
+
+_MISSING = object()
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+
+
+def _same(first: Any, second: Any) -> bool:
+    return first is second or (type(first) is type(second) and type(first) in _PLAIN and first == second)
+
+
+_SHARED: weakref.WeakKeyDictionary[type, list[tuple[str, Mapping[str, Any]]]] = weakref.WeakKeyDictionary()
+
+
+def _shared(kind: type[nn.Module]) -> Iterator[tuple[str, Any]]:
+    """The containers and generators of a class and of the files of its code, by the name in the code."""
+    if kind not in _SHARED:
+        classes = [
+            vars(base) for base in kind.__mro__ if issubclass(base, nn.Module) and base is not nn.Module
+        ]
+        code = [(names_in(function.__code__), function.__globals__) for function in functions_of(kind)]
+        names = set[str]().union(*(names for names, _ in code))
+        places = [*((names, held) for held in classes), *code]
+        _SHARED[kind] = [
+            (name, held)
+            for names, held in places
+            for name in names
+            if not isinstance(held.get(name, 0), _OPAQUE)
+        ]
+    for name, held in _SHARED[kind]:
+        value = held.get(name)
+        if isinstance(value, _CONTAINERS) or _is_generator(value):
+            yield name, value
+
+
+# ------------------------------------------------------------------------------------ containers, generators
+
+_CONTAINERS = (dict, list, set, deque)
+_OPAQUE = (
+    *(*_PLAIN, torch.Tensor, torch.Size, torch.dtype, torch.device, nn.Module, fx.Graph, logging.Logger),
+    *(type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType, property),
+)
+_ENOUGH = 10_000  # objects to look at: more are a vocabulary, and no state of a network
+
+
+class _Kept:
+    """Objects, with what they held at first."""
+
+    def __init__(self) -> None:
+        self.held: dict[int, tuple[str, Any, Any]] = {}
+
+    def watch(self, value: Any, where: str) -> None:
+        """Remember what ``value`` holds, and what that holds in turn."""
+        rest = [value]
+        while rest and len(self.held) < _ENOUGH:
+            value = rest.pop()
+            if not isinstance(value, _OPAQUE) and id(value) not in self.held:
+                content = _content(value)
+                self.held[id(value)] = (where, value, content)
+                if not _is_generator(value):
+                    rest += content.values() if isinstance(content, dict) else content
+
+    def changed(self) -> str | None:
+        """Where something is not what it was."""
+        return next((where for where, value, content in self.held.values() if _differs(value, content)), None)
+
+    def put_back(self) -> None:
+        """Make everything hold again what it held."""
+        for _, value, content in self.held.values():
+            if _differs(value, content):
+                _put_back(value, content)
+
+
+def _is_generator(value: Any) -> bool:
+    return isinstance(value, (torch.Generator, random.Random)) or (
+        type(value).__module__.startswith("numpy.random")
+        and (hasattr(value, "get_state") or hasattr(value, "bit_generator"))
+    )
+
+
+def _content(value: Any) -> Any:
+    """What an object holds, as a dict, a list or a set; of a generator its state."""
+    if isinstance(value, random.Random):
+        return value.getstate()
+    if _is_generator(value):
+        return value.get_state() if hasattr(value, "get_state") else value.bit_generator.state
+    if isinstance(value, dict):
+        return dict(value)
+    if isinstance(value, (set, frozenset)):
+        return set(value)
+    return list(value) if isinstance(value, (list, tuple, deque)) else dict(getattr(value, "__dict__", {}))
+
+
+def _differs(value: Any, content: Any) -> bool:
+    now = _content(value)
+    if isinstance(content, torch.Tensor):
+        return not torch.equal(now, content)
+    if _is_generator(value):
+        return repr(now) != repr(content)
+    if isinstance(content, dict):
+        return list(now) != list(content) or not all(map(_same, now.values(), content.values()))
+    if isinstance(content, set):
+        return bool(now != content)
+    return len(now) != len(content) or not all(map(_same, now, content))
+
+
+def _put_back(value: Any, content: Any) -> None:
+    if isinstance(value, random.Random):
+        value.setstate(content)
+    elif _is_generator(value) and hasattr(value, "set_state"):
+        value.set_state(content)
+    elif _is_generator(value):
+        value.bit_generator.state = content
+    elif isinstance(value, (list, deque)):
+        value.clear()
+        value.extend(content)
+    else:
+        holder = value if isinstance(value, (dict, set)) else vars(value)
+        holder.clear()
+        holder.update(content)

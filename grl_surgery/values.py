@@ -1,0 +1,98 @@
+"""What stands for a value while a forward is traced, and what Python may ask of it."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+if TYPE_CHECKING:
+    from grl_surgery.tracer import Tracer
+
+__all__ = ["ASSIGNED", "IN_PLACE", "Stored", "Value"]
+
+ASSIGNED = "an item of a value is assigned, and a graph would leave the value as it is"
+
+
+class Value(fx.Proxy):
+    """A value of the forward. ``x += y`` overwrites it, which torch.fx would write down as ``x = x + y``.
+
+    What Python asks of an object and a graph cannot answer is refused, also where the forward catches the
+    error: it would go on along a branch that the running network does not take.
+    """
+
+    tracer: Tracer
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.look_into(self.node)
+        raise self.tracer.refused(TypeError(ASSIGNED))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if hasattr(torch.Tensor, name):
+            reason = f"it assigns the {name} of a value, and a graph would leave the value as it is"
+            raise self.tracer.refused(TypeError(reason))
+        super().__setattr__(name, value)
+
+    def __len__(self) -> int:
+        self.tracer.look_into(self.node)
+        return super().__len__()
+
+    def __hash__(self) -> int:
+        raise self.tracer.refused(TypeError("a value is looked up in a dict or a set, or a cache"))
+
+    def __int__(self) -> int:
+        raise self.tracer.refused(TypeError("a value is made a number of Python's"))
+
+    __float__ = __complex__ = __int__
+
+    def __getattr__(self, name: str) -> Any:
+        if self.tracer.is_tensor(self.node) and not hasattr(torch.Tensor, name):
+            raise AttributeError(f"'Tensor' object has no attribute {name!r}")
+        return Attribute(self, name)
+
+
+class Attribute(fx.proxy.Attribute, Value):
+    """An attribute of a value, or a method of it: it has no node before that is known."""
+
+    def __getattr__(self, name: str) -> Any:
+        return Attribute(self, name)
+
+
+def _in_place(target: Callable[[Any, Any], Any]) -> Callable[[Value, Any], fx.Proxy]:
+    def method(self: Value, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
+
+    return method
+
+
+IN_PLACE = frozenset(name for name in dir(operator) if name.startswith("i") and name[1:] in dir(operator))
+for _name in IN_PLACE:
+    setattr(Value, f"__{_name}__", _in_place(getattr(operator, _name)))
+
+
+class Stored(Value):
+    """A parameter or a buffer: its shape is known, and forwards do look at it."""
+
+    shape: torch.Size
+
+    def __init__(self, node: fx.Node, tracer: fx.Tracer, tensor: torch.Tensor) -> None:
+        super().__init__(node, tracer)
+        self.__dict__.update(shape=tensor.shape, ndim=tensor.ndim, dtype=tensor.dtype)
+
+    def size(self, dim: int | None = None) -> Any:
+        """All sizes, or one of them."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        """How many dimensions it has."""
+        return len(self.shape)
+
+    def numel(self) -> int:
+        """How many elements it has."""
+        return math.prod(self.shape)
+
+    nelement = numel

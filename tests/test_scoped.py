@@ -1,0 +1,204 @@
+"""Surgery inside a network that cannot be traced: every call of what was cut goes through the reversal."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+import grl_surgery as gs
+
+
+class Stage(NamedTuple):
+    block: nn.Module
+    scale: float
+
+
+def apply(block, x):
+    return block(x)
+
+
+WAYS = {
+    "list": (lambda net: [net.block], lambda way, x: way[0](x)),
+    "named tuple": (lambda net: Stage(net.block, 1.0), lambda way, x: way.block(x)),
+    "partial": (lambda net: functools.partial(apply, net.block), apply),
+    "method": (lambda net: net.block.forward, apply),
+    "call": (lambda net: net.block.__call__, apply),
+    "closure": (lambda net: lambda x: net.block(x), apply),
+    "default": (lambda net: lambda x, block=net.block: block(x), apply),
+    "second name": (lambda net: net.block, apply),
+    "parent": (lambda net: [net], lambda way, x: way[0].block(x)),
+}
+
+
+class Net(nn.Module):
+    """Decides by values, and calls its block by a way of its own."""
+
+    def __init__(self, way="list"):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.block = nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5))
+        make, self.run = WAYS[way] if isinstance(way, str) else way
+        self.way = make(self)
+
+    def forward(self, x):
+        if x.sum() > 1e9:
+            return x
+        return self.last(self.run(self.way, self.first(x)))
+
+
+def gradient(network, x):
+    """Of the first layer's weight, upstream of the block."""
+    weight = dict(network.named_parameters())["first.weight"]
+    return torch.autograd.grad(network(x).sum(), weight)[0]
+
+
+X = torch.randn(4, 6)
+
+
+@pytest.mark.parametrize("point", ["block", "block.0"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_block_is_reversed_by_whatever_way_it_is_called(way, point):
+    model = Net(way).eval()
+    plain = gradient(model, X)
+    spliced = gs.insert_grl(model, after=point)
+    assert torch.equal(gradient(spliced, X), -plain)
+    assert torch.equal(gradient(model, X), plain)
+    assert torch.equal(gradient(gs.insert_grl(spliced, after=point), X), plain)
+    assert torch.equal(gradient(gs.strip(spliced), X), plain)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_mode_of_the_result_is_its_own_by_whatever_way(way):
+    model = Net(way)
+    spliced = gs.insert_grl(model, after="block").eval()
+    assert torch.equal(spliced(X), spliced(X))
+    assert not torch.equal(model(X), model(X))
+    stripped = gs.strip(spliced)
+    assert not torch.equal(stripped.train()(X), stripped(X))
+    assert torch.equal(spliced(X), spliced(X))
+
+
+def test_a_head_reads_a_block_that_is_called_out_of_a_list():
+    model = Net().eval()
+    spliced = gs.attach_domain_head(model, after="block", example_inputs=X, hidden=8)
+    logits = torch.autograd.grad(spliced(X)[1].sum(), spliced.first.weight, retain_graph=True)
+    assert spliced(X)[1].shape == (4, 2)
+    assert logits[0].abs().sum() > 0
+
+
+class Wrapper(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        (lambda net: itertools.cycle([net.block]), lambda way, x: next(way)(x)),
+        (lambda net: (Wrapper(net.block),), lambda way, x: way[0](x)),
+    ],
+    ids=["iterator", "module that is not registered"],
+)
+def test_a_way_past_the_reversal_is_refused_by_its_name(way):
+    with pytest.raises(gs.TracingError, match="the attribute 'way' leads to 'block'"):
+        gs.insert_grl(Net(way), after="block")
+
+
+def test_modules_that_nobody_registered_are_no_reason_to_refuse():
+    model = Net().eval()
+    model.__dict__["activations"] = {"relu": nn.ReLU(), "linear": (nn.Linear(6, 6),)}
+    plain = gradient(model, X)
+    assert torch.equal(gradient(gs.insert_grl(model, after="block"), X), -plain)
+
+
+@pytest.mark.parametrize("network", [nn.TransformerEncoderLayer(8, 2, 16), nn.MultiheadAttention(8, 2)])
+def test_a_layer_whose_weights_are_only_read_is_no_point(network):
+    point = "self_attn.out_proj" if hasattr(network, "self_attn") else "out_proj"
+    with pytest.raises(gs.PointNotFoundError, match=f"reads the weights of '{point}' and never calls it"):
+        gs.insert_grl(network, after=point)
+    assert gs.reversals(gs.insert_grl(nn.TransformerEncoderLayer(8, 2, 16), after="self_attn"))
+
+
+# --------------------------------------------------------------------------------- shapes by running it
+
+
+class Remembers(nn.Module):
+    """Its forward changes a buffer, a tensor that is none, and a parameter; and decides by values."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(10, 6, max_norm=0.5)
+        self.fc = nn.Linear(6, 3)
+        self.register_buffer("mean", torch.zeros(3))
+        self.steps = torch.zeros(())
+
+    def forward(self, tokens):
+        if tokens.sum() > 1e9:
+            return tokens
+        out = self.fc(self.embed(tokens))
+        self.mean.mul_(0.9).add_(out.detach().mean(0), alpha=0.1)
+        self.steps += 1
+        return out - self.mean
+
+
+def test_attaching_a_head_changes_no_tensor_of_the_network():
+    model = Remembers()
+    before = copy.deepcopy([*model.state_dict().values(), model.steps])
+    spliced = gs.attach_domain_head(model, after="fc", example_inputs=torch.arange(4), hidden=8)
+    assert all(map(torch.equal, before, [*model.state_dict().values(), model.steps]))
+    assert spliced.mean is model.mean
+    spliced(torch.arange(4))
+    assert model.mean.abs().sum() > 0
+
+
+# ------------------------------------------------------------------------------------------ wrong names
+
+
+def test_a_name_that_lies_in_no_module_is_not_found_whatever_can_be_traced():
+    model = nn.Sequential(Net())
+    with pytest.raises(gs.PointNotFoundError, match=r"no point '0\.blok\.0'.*\n  nearest: 0\.block"):
+        gs.insert_grl(model, after="0.blok.0")
+
+
+def test_an_operation_that_no_graph_shows_says_why_in_one_example():
+    with pytest.raises(gs.TracingError, match=r"nothing around 0\.addmm can be traced") as caught:
+        gs.insert_grl(nn.Sequential(Net()), after="0.addmm")
+    assert str(caught.value).count("for example") == 1
+
+
+# --------------------------------------------------------------------------------------------- compiled
+
+
+@pytest.mark.parametrize("part", ["", "block", "block.0"])
+@pytest.mark.parametrize("verb", [gs.insert_grl, functools.partial(gs.attach_domain_head, example_inputs=X)])
+def test_a_network_that_is_compiled_in_place_is_refused(verb, part):
+    model = Net()
+    model.get_submodule(part).compile(backend="eager")
+    with pytest.raises(
+        gs.SurgeryError, match=f"old graph: {part or 'the root'}; splice first, compile after"
+    ):
+        verb(model, after="block")
+
+
+def test_a_result_that_is_compiled_can_be_read_verified_and_stripped():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 6), nn.ReLU()), nn.Linear(6, 3))
+    spliced = gs.insert_grl(model, after="1.0")
+    spliced.compile(backend="eager")
+    weight = model[0].weight
+    plain, found = (torch.autograd.grad(m(X).sum(), weight)[0] for m in (model, spliced))
+    assert torch.equal(found, -plain)
+    assert gs.verify_flip(spliced, model, X).ok
+    assert list(gs.reversals(spliced)) == ["grl_1_0"]
+    assert torch.equal(torch.autograd.grad(gs.strip(spliced)(X).sum(), weight)[0], plain)
+    with pytest.raises(gs.SurgeryError, match="splice first, compile afterwards"):
+        gs.insert_grl(spliced, after="0")
