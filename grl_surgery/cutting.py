@@ -7,11 +7,11 @@ import functools
 import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch import fx, nn
 
+from grl_surgery.differentiable import is_computed_from_floats, is_integral, is_state
 from grl_surgery.effects import effects
 from grl_surgery.errors import (
     AmbiguousPointError,
@@ -34,7 +34,7 @@ from grl_surgery.points import (
 )
 from grl_surgery.spliced_module import Cut, SplicedModule, refuse_as_graph, taken_apart
 from grl_surgery.trace_copy import is_building_block
-from grl_surgery.tracer import boundary, is_item, operation
+from grl_surgery.tracer import boundary
 from grl_surgery.tracing import Trace, around_aliases, module_paths, trace
 
 __all__ = ["apply_cuts", "modules_to_open", "replace_item", "retrace"]
@@ -388,7 +388,7 @@ Slot = tuple[fx.Node, str]  # a node, and which of its arguments
 def _cut_before(model: nn.Module, graph: fx.Graph, nodes: Sequence[fx.Node], module: str, name: str) -> int:
     entering = [node for node in nodes if node.meta.get("boundary", "in") == "in"]
     uses = [(node, arg, source) for node in entering for arg, source in links(node) if not is_size(source)]
-    floating = [(node, arg, source) for node, arg, source in uses if not _is_integral(source)]
+    floating = [(node, arg, source) for node, arg, source in uses if not is_integral(source)]
     if nodes and not uses:
         raise SurgeryError(f"nothing flows into {name!r}", example=f"after={name!r}")
     if nodes and not floating:
@@ -403,10 +403,10 @@ def _cut_before(model: nn.Module, graph: fx.Graph, nodes: Sequence[fx.Node], mod
 
 def _reversed_before(model: nn.Module, graph: fx.Graph, module: str, alone: bool, value: fx.Node) -> fx.Node:
     """The value reversed, or as much of it as is of floating point where nobody can tell before it runs."""
-    if _is_state(model, value):
+    if is_state(model, value):
         items = [graph.call_function(operator.getitem, (value, place)) for place in range(2)]
         return graph.call_function(tuple, ([_call(graph, module, item) for item in items],))
-    if alone or _is_computed_from_floats(model, value):
+    if alone or is_computed_from_floats(model, value):
         return _call(graph, module, value)
     return graph.call_function(reverse_each, (graph.create_node("get_attr", module), value))
 
@@ -486,90 +486,24 @@ def _erase_boundaries(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-# ---------------------------------------------------------------------------------- what has no gradient
-
-# Operations that return integers or truth values, whatever they are given.
-_INTEGRAL = frozenset(
-    """
-    eq ne lt le gt ge equal isclose isfinite isin isinf isnan logical_and logical_not logical_or logical_xor
-    and_ or_ xor invert bitwise_and bitwise_not bitwise_or bitwise_xor argmax argmin argsort bool bucketize
-    byte char count_nonzero int long multinomial nonzero one_hot searchsorted short signbit
-    """.split()  # noqa: SIM905
-)
-# Operations that keep the dtype of what they are given first.
-_KEEPS_DTYPE = frozenset(
-    """
-    getitem broadcast_to clone contiguous cpu cuda detach expand expand_as flatten flip movedim permute repeat
-    reshape roll select squeeze t transpose unflatten unsqueeze view
-    """.split()  # noqa: SIM905
-)
-
-
-def _is_integral(value: fx.Node) -> bool:
-    """Whether an operation of torch says that the value is of integers or truth values."""
-    node = origin(value)
-    while node.op in ("call_function", "call_method") and node.args and operation(node) in _KEEPS_DTYPE:
-        if not isinstance(node.args[0], fx.Node):
-            return False
-        node = origin(node.args[0])
-    package = str(getattr(node.target, "__module__", None)).partition(".")[0]
-    known = node.op == "call_method" or (
-        node.op == "call_function" and package in ("torch", "_operator", "None")
-    )
-    return known and operation(node) in _INTEGRAL
-
-
-def _is_state(model: nn.Module, value: fx.Node) -> bool:
-    """Whether it is the two tensors that an LSTM hands to its next call."""
-    node = origin(value)
-    if is_item(node) and node.args[1] == 1:
-        return type(_held(model, origin(cast(fx.Node, node.args[0])))) is nn.LSTM
-    return type(_held(model, node)) is nn.LSTMCell
-
-
-def _is_computed_from_floats(model: nn.Module, value: fx.Node) -> bool:
-    """Whether parameters, or buffers of floating point, go into it; if not, it may well be a mask."""
-    seen: set[fx.Node] = set()
-    rest = [value]
-    while rest:
-        node = rest.pop()
-        held = _held(model, node)
-        stored = held.parameters() if isinstance(held, nn.Module) else [held]
-        if any(isinstance(tensor, torch.Tensor) and tensor.is_floating_point() for tensor in stored):
-            return True
-        rest += [source for source in node.all_input_nodes if source not in seen]
-        seen.update(node.all_input_nodes)
-    return False
-
-
-def _held(model: nn.Module, node: fx.Node) -> Any:
-    """The module or tensor of the network itself that the node calls or reads."""
-    if node.op not in ("call_module", "get_attr"):
-        return None
-    try:
-        return operator.attrgetter(str(node.target))(model)
-    except AttributeError:  # it was spliced in
-        return None
-
-
 def _refuse_no_tensor(model: nn.Module, value: fx.Node, name: str, target: str | None = None) -> None:
     """Refuse a reversal of integers, truth values or the state of an LSTM before the network runs.
 
     Raises:
         ShapeError: With what to reverse instead.
     """
-    if _is_state(model, value):
+    if is_state(model, value):
         raise ShapeError(
             f"the value of {name!r} is a tuple of 2 tensors: choose one", example=f"after='{name}[0]'"
         )
-    if _is_integral(value):
+    if is_integral(value):
         users = [user for user in value.users if target in (None, user.meta.get("point"))]
         beside = (
             f"edge={(_names_of(source)[-1], user.meta['point'])!r}"
             for user in users
             if "point" in user.meta
             for _, source in links(user)
-            if _names_of(source) and not is_size(source) and not _is_integral(source)
+            if _names_of(source) and not is_size(source) and not is_integral(source)
         )
         raise ShapeError(
             f"the value of {name!r} is of integers or truth values: no gradient flows through it",

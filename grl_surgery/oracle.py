@@ -58,12 +58,13 @@ def with_reversals(model: nn.Module, reference: nn.Module, make: Callable[[], nn
             exchange(tree, host, graphs)
         else:
             tree = graphs
-    for path, layer in model.named_modules():
+    instead: dict[int, nn.Module] = {}
+    for path, layer in model.named_modules(remove_duplicate=False):
         if isinstance(layer, GradientReversal):
             parent, _, name = path.rpartition(".")
             holder = tree.get_submodule(parent)
             holder.__dict__.pop(name, None)  # a reference may have None there
-            holder._modules[name] = make()
+            holder._modules[name] = instead.setdefault(id(layer), make())
     return tree
 
 

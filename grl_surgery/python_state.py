@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from grl_surgery.links import is_size
 from grl_surgery.reachable import functions_of, names_in
 
 __all__ = ["python_state_kept"]
@@ -142,8 +143,11 @@ class _Kept:
                     rest += content.values() if isinstance(content, dict) else content
 
     def changed(self) -> str | None:
-        """Where something is not what it was."""
-        return next((where for where, value, content in self.held.values() if _differs(value, content)), None)
+        """Where something is not what it was, and is not just a value kept to be computed once."""
+        for where, value, content in self.held.values():
+            if _differs(value, content) and not _is_memo(value, content):
+                return where
+        return None
 
     def put_back(self) -> None:
         """Make everything hold again what it held."""
@@ -183,6 +187,31 @@ def _differs(value: Any, content: Any) -> bool:
     if isinstance(content, set):
         return bool(now != content)
     return len(now) != len(content) or not all(map(_same, now, content))
+
+
+def _is_memo(value: Any, content: Any) -> bool:
+    """Whether a dict got nothing but new values that do not depend on what the network is given.
+
+    The graph computes them in every run, which gives the same.
+    """
+    if not isinstance(value, dict):
+        return False
+    added = [item for key, item in value.items() if key not in content]
+    kept = all(key in value and _same(value[key], item) for key, item in content.items())
+    return kept and all(isinstance(item, fx.Proxy) and not _is_from_inputs(item.node) for item in added)
+
+
+def _is_from_inputs(node: fx.Node) -> bool:
+    seen: set[fx.Node] = set()
+    rest = [node]
+    while rest:
+        node = rest.pop()
+        if node.op == "placeholder":
+            return True
+        if node not in seen and not is_size(node):
+            seen.add(node)
+            rest += node.all_input_nodes
+    return False
 
 
 def _put_back(value: Any, content: Any) -> None:

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
-__all__ = ["COMPILED", "exchange", "share_copy", "way_to"]
+__all__ = ["COMPILED", "ORIGINAL", "exchange", "share_copy", "way_to"]
 
 COMPILED = "_compiled_call_impl"
 """Where ``module.compile()`` keeps a call that is bound to the module itself."""
@@ -123,7 +123,6 @@ def _whole(model: nn.Module) -> list[nn.Module]:
     return list(found.values())
 
 
-ORIGINAL = "_grl_original"  # where a spliced module keeps what it was made from
 _WITHOUT_SLOTS = nn.Module.__basicsize__
 _HOOKS = frozenset(key for key, value in nn.Module().__dict__.items() if "hooks" in key and value == {})
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from grl_surgery.arguments import check_count
 from grl_surgery.comparison import difference, same_bits
 from grl_surgery.errors import FlipError, SurgeryError
 from grl_surgery.flip_graph import flip_graph
@@ -85,6 +86,7 @@ def verify_flip(
             f"mode={mode!r} is none of 'train', 'eval' and None for the flags as they are",
             example="mode='eval'",
         )
+    seed = check_count("seed", seed, least=0, example="seed=0")
     _check_same_network(model, plain)
     _check_values(model)
     with repeatable():
@@ -337,9 +339,13 @@ class _Verification:
 def _problems(layers: Mapping[str, Any], rows: Sequence[ParameterFlip]) -> Iterator[str]:
     if not layers:
         yield "there is no reversal in this network"
+        return
     upstream = [row for row in rows if row.predicted in ("flipped", "mixed", "unknown")]
-    if layers and all(row.measured == "no signal" for row in upstream):
+    is_alone = len(layers) == 1 and not upstream
+    if is_alone or (upstream and all(row.measured == "no signal" for row in upstream)):
         yield "no parameter upstream of a reversal receives a gradient, so nothing is proved"
+    elif all(row.measured in ("unchanged", "no signal") for row in rows):
+        yield "no parameter's gradient is reversed: reversals that follow one another cancel"
 
 
 def _differences(model: nn.Module, reference: nn.Module) -> Iterator[str]:

@@ -418,6 +418,15 @@ def test_onnx_has_no_node_more_than_the_original_networks_own_export(case: Case,
             torch.testing.assert_close(torch.from_numpy(found), model(x), rtol=1e-4, atol=1e-4)
 
 
+def test_onnx_renames_a_head_that_is_called_as_an_input_or_the_output(tmp_path: Path) -> None:
+    m, x = small_networks.Net(), small_networks.image()
+    for name in ("x", "output"):
+        m = gs.attach_domain_head(m, "stage1", name=name, hidden=8, example_inputs=x)
+    path = gs.export(m, tmp_path / "m.onnx", x, heads=["x", "output"])
+    session = onnxruntime.InferenceSession(str(path))
+    assert [row.name for row in session.get_outputs()] == ["output", "x_logits", "output_logits"]
+
+
 def test_onnx_keeps_the_heads_asked_for_under_their_names(tmp_path: Path) -> None:
     net = small_networks.Net()
     x = small_networks.image()

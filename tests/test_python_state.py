@@ -60,7 +60,7 @@ class CachesInAGlobal(Net):
     def forward(self, x):
         h = self.a(x)
         if 6 not in CACHE:
-            CACHE[6] = torch.linspace(0, 1, 6).to(h.device)
+            CACHE[6] = h.detach().mean(0)
         return self.b(h * CACHE[6])
 
 
@@ -70,7 +70,7 @@ class CachesInItsClass(Net):
     def forward(self, x):
         h = self.a(x)
         if 6 not in self.cache:
-            self.cache[6] = torch.linspace(0, 1, 6).to(h.device)
+            self.cache[6] = h.detach().mean(0)
         return self.b(h * self.cache[6])
 
 
@@ -151,6 +151,31 @@ def test_a_network_spliced_without_that_trace_goes_on_keeping_it(model):
         assert torch.equal(spliced(X), expected)
     plain, found = (torch.autograd.grad(net(X).sum(), net.a.weight)[0] for net in (twin, spliced))
     assert torch.equal(found, -plain)
+
+
+class ComputesOnce(Net):
+    """As LeViT does with its attention biases, and many networks with positions."""
+
+    cache: ClassVar[dict[str, torch.Tensor]] = {}
+
+    def forward(self, x):
+        h = self.a(x)
+        if "bias" not in self.kept:
+            self.kept["bias"] = self.a.bias[[5, 4, 3, 2, 1, 0]]
+        if "positions" not in self.cache:
+            self.cache["positions"] = torch.linspace(0, 1, 6).to(h.device)
+        return self.b(h * self.kept["bias"] + self.cache["positions"])
+
+
+def test_what_is_kept_to_be_computed_once_is_computed_in_every_call():
+    model = ComputesOnce({})
+    spliced = gs.insert_grl(model, before="b")
+    assert (model.kept, model.cache) == ({}, {})
+    with torch.no_grad():
+        assert torch.equal(spliced(X), copy.deepcopy(model)(X))
+        ComputesOnce.cache.clear()
+    assert gs.verify_flip(spliced, model, X).ok
+    assert ComputesOnce.cache == {}
 
 
 def test_a_property_that_is_computed_once_is_no_change():

@@ -657,3 +657,36 @@ def test_a_gradient_that_is_rounded_in_another_order_is_compared_with_hooks_that
     report = gs.verify_flip(spliced, model, (x,))
     assert report.ok, report
     assert "parts.1.0.weight" in kinds(report, "flipped")
+
+
+# ---------------------------------------------------------------------------------- reversals that cancel
+
+
+def in_the_network(first, second):
+    return nn.Sequential(nn.Linear(6, 8), first, second, nn.Linear(8, 2))
+
+
+def spliced_twice():
+    network = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 2))
+    return gs.insert_grl(gs.insert_grl(network, after="0"), before="1")
+
+
+ONE = gs.GradientReversal()
+
+
+@pytest.mark.parametrize(
+    "network",
+    [in_the_network(gs.GradientReversal(), gs.GradientReversal()), in_the_network(ONE, ONE), spliced_twice()],
+    ids=["two layers", "one layer twice", "spliced twice"],
+)
+def test_reversals_that_cancel_are_no_proof(network):
+    report = gs.verify_flip(network, example_inputs=torch.randn(4, 6))
+    assert not report.ok
+    assert "reversals that follow one another cancel" in str(report)
+
+
+def test_three_reversals_in_a_row_are_one():
+    network = in_the_network(
+        nn.Sequential(gs.GradientReversal(), gs.GradientReversal()), gs.GradientReversal()
+    )
+    assert gs.verify_flip(network, example_inputs=torch.randn(4, 6)).ok

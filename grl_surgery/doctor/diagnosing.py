@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from grl_surgery.arguments import check_count
 from grl_surgery.doctor.adopting import adopt_unsurveyed
 from grl_surgery.doctor.coefficients import with_coefficients
 from grl_surgery.doctor.contexts import CONTEXTS, Context
@@ -92,6 +93,7 @@ def diagnose(
         SurgeryError: There are no example inputs, the network does not run on them, or it is no network.
     """
     check_model(model, "diagnose")
+    seed = check_count("seed", seed, least=0, example="seed=0")
     inputs = inputs_of(model, example_inputs, "diagnose")
     progress("looking for reversals")
     sites = examine(model, inputs, seed=seed, training=True)

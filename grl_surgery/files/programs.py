@@ -368,15 +368,11 @@ def _need(package: str) -> Any:
 
 
 def _output_names(model: nn.Module, inputs: Inputs, heads: Sequence[str]) -> list[str]:
+    """``output``, and heads by their names; ONNX wants other names than those of the inputs."""
     count = len(_outputs(_private(model), inputs)) - len(heads)
-    return (
-        ["output"]
-        if count == 1 and not heads
-        else [
-            *(["output"] if count == 1 else [f"output_{place}" for place in range(count)]),
-            *heads,
-        ]
-    )
+    own = ["output"] if count == 1 else [f"output_{place}" for place in range(count)]
+    taken = {*inspect.signature(model.forward).parameters, *own}
+    return [*own, *(f"{name}_logits" if name in taken else name for name in heads)]
 
 
 def check_onnx(model: nn.Module, path: Path, inputs: Inputs) -> None:
