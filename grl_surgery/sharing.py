@@ -53,8 +53,13 @@ def share_copy(model: nn.Module, only: Iterable[nn.Module] | None = None) -> nn.
         for key, value in module.__dict__.items():
             if type(value) in _ATOMS:
                 twin[key] = value
-            elif key in _HOOKS:  # half of a module's attributes, so they are worth the haste
+            elif key in _HOOKS:  # most of a module's attributes, so they are worth the haste
                 twin[key] = redirection.hooks(value) if value else OrderedDict()
+            elif key in _TENSORS:
+                twin[key] = redirection.made[id(value)] = value.copy()
+            elif key == "_modules":
+                twin[key] = redirection.made[id(value)] = children = value.copy()
+                children.update((name, twins.get(id(child), child)) for name, child in value.items())
             elif key != COMPILED:
                 twin[key] = redirection.of(value)
         if type(module).__basicsize__ > _WITHOUT_SLOTS:
@@ -124,6 +129,7 @@ def _whole(model: nn.Module) -> list[nn.Module]:
 
 
 _WITHOUT_SLOTS = nn.Module.__basicsize__
+_TENSORS = frozenset({"_parameters", "_buffers"})
 _HOOKS = frozenset(key for key, value in nn.Module().__dict__.items() if "hooks" in key and value == {})
 
 
