@@ -14,6 +14,7 @@ from torch.fx.operator_schemas import get_signature_for_torch_op
 from grl_surgery.errors import SurgeryError
 from grl_surgery.function_calls import FunctionCall
 from grl_surgery.links import is_size, origin
+from grl_surgery.opaque import reverse_each
 from grl_surgery.trace_copy import is_building_block
 from grl_surgery.tracer import boundary
 from grl_surgery.values import IN_PLACE
@@ -301,18 +302,25 @@ def refuse_lost_writes(
     """
     if next(_suspects(model, graph), None) is None:
         return
-    calls = [node for node in graph.nodes if node.op == "call_module" and node.target in reversals]
-    sources = [call.all_input_nodes[0] for call in calls]
-    if not any(len(source.users) > 1 or _viewed(model, source, effects) for source in sources):
+    calls = list(_reversed(graph, reversals))
+    if not any(len(source.users) > 1 or _viewed(model, source, effects) for _, source, _ in calls):
         return  # whatever lies in the memory of a reversed value lies behind its reversal
     for node, value, read in hidden_writes(model, graph, effects):
         shared = memory(model, read, effects)
-        for call in calls:
+        for call, _, name in calls:
             side = memory(model, call, effects, behind=True)
             if call in shared and (value in side) != (read in side):
-                raise _lost(
-                    node, read, shared, f"between the two ({call.target}) would be lost on one of them"
-                )
+                raise _lost(node, read, shared, f"between the two ({name}) would be lost on one of them")
+
+
+def _reversed(graph: fx.Graph, names: Collection[str]) -> Iterator[tuple[fx.Node, fx.Node, str]]:
+    """Each call of a reversal, what it reverses, and the reversal's name."""
+    for node in graph.nodes:
+        if node.op == "call_module" and node.target in names:
+            yield node, node.all_input_nodes[0], str(node.target)
+        elif node.target is reverse_each:
+            layer, value = node.all_input_nodes
+            yield node, value, str(layer.target)
 
 
 def refuse_unseen_reads(model: nn.Module, graph: fx.Graph, point: str, effects: EffectsOf) -> None:
@@ -336,6 +344,6 @@ def _lost(node: fx.Node, read: fx.Node, shared: Collection[fx.Node], where: str)
 
 def _name(node: fx.Node) -> str:
     node = origin(node)
-    while node.meta.get("spliced"):
-        node = origin(node.args[0])  # type: ignore[arg-type]
+    while node.meta.get("spliced") or node.target is reverse_each:
+        node = origin(node.all_input_nodes[-1])
     return str(node.meta.get("point", node.name))

@@ -579,3 +579,20 @@ def test_an_edge_that_no_mode_has_is_refused_though_one_mode_lacks_its_end():
 
     with pytest.raises(gs.PointNotFoundError, match="'tanh' does not use the value of 'x'"):
         gs.insert_grl(Chooses(), edge=("x", "tanh"))
+
+
+def test_a_reversal_before_a_block_that_overwrites_an_argument_read_again_afterwards_is_refused():
+    class Overwrites(nn.Module):
+        def forward(self, first, second):
+            return first.add_(second)
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.block = nn.Linear(6, 6), Overwrites()
+
+        def forward(self, x):
+            return self.block(x, self.linear(x)) + x
+
+    with pytest.raises(gs.SurgeryError, match="'block' overwrites in place what 'x' reads again afterwards"):
+        gs.insert_grl(Twice(), before="block")
