@@ -55,11 +55,6 @@ def share_copy(model: nn.Module, only: Iterable[nn.Module] | None = None) -> nn.
                 twin[key] = value
             elif key in _HOOKS:  # most of a module's attributes, so they are worth the haste
                 twin[key] = redirection.hooks(value) if value else OrderedDict()
-            elif key in _TENSORS:
-                twin[key] = redirection.made[id(value)] = value.copy()
-            elif key == "_modules":
-                twin[key] = redirection.made[id(value)] = children = value.copy()
-                children.update((name, twins.get(id(child), child)) for name, child in value.items())
             elif key != COMPILED:
                 twin[key] = redirection.of(value)
         if type(module).__basicsize__ > _WITHOUT_SLOTS:
@@ -129,7 +124,6 @@ def _whole(model: nn.Module) -> list[nn.Module]:
 
 
 _WITHOUT_SLOTS = nn.Module.__basicsize__
-_TENSORS = frozenset({"_parameters", "_buffers"})
 _HOOKS = frozenset(key for key, value in nn.Module().__dict__.items() if "hooks" in key and value == {})
 
 
@@ -266,14 +260,14 @@ class _Redirection:
     def mapping(self, value: Any) -> Any:
         """A copied dict; its keys may be modules as well."""
         copied = self.made[id(value)] = value.copy()
-        if not value:
+        has_plain_keys = _ATOMS.issuperset(map(type, value))
+        if has_plain_keys and _ATOMS.issuperset(map(type, value.values())):
             return copied
-        plain = _ATOMS.issuperset(map(type, value))
-        if not plain:
+        if not has_plain_keys:
             copied.clear()
         for key, item in value.items():
-            if not plain or type(item) not in _ATOMS:
-                copied[key if plain else self.of(key)] = self.of(item)
+            if not has_plain_keys or type(item) not in _ATOMS:
+                copied[key if has_plain_keys else self.of(key)] = self.of(item)
         return copied
 
     def anew(self, value: Any) -> Any:

@@ -344,7 +344,7 @@ def _problems(layers: Mapping[str, Any], rows: Sequence[ParameterFlip]) -> Itera
     is_alone = len(layers) == 1 and not upstream
     if is_alone or (upstream and all(row.measured == "no signal" for row in upstream)):
         yield "no parameter upstream of a reversal receives a gradient, so nothing is proved"
-    elif all(row.measured in ("unchanged", "no signal") for row in rows):
+    elif all(row.ok and row.measured in ("unchanged", "no signal") for row in rows):
         yield "no parameter's gradient is reversed: reversals that follow one another cancel"
 
 

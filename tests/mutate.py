@@ -28,6 +28,8 @@ BEGIN, END = "<!-- mutants: begin -->", "<!-- mutants: end -->"
 
 SURGERY = ("test_in_place.py", "test_splicing.py", "test_sharing.py", "test_points.py", "test_tracing.py")
 KINDS = ("test_kinds.py", "test_opaque.py")
+STATE = ("test_python_state.py", "test_kinds.py")
+SHARING = ("test_sharing.py", "test_scoped.py", "test_spliced_module.py")
 PROOF = ("test_verification.py", "test_broken_surgeries.py")
 REVERSAL = ("test_reversal.py",)
 CONTEXTS = ("test_reversal_contexts.py",)
@@ -67,7 +69,7 @@ MUTANTS = [
     Mutant("cutting.py", "return len(users)", "return 1"),
     Mutant("cutting.py", "return len(slots)", "return 1"),
     Mutant("cutting.py", "if place != arg:", "if False:"),
-    Mutant("cutting.py", "if source not in calls:", "if True:"),
+    Mutant("cutting.py", "if source not in made:", "if True:"),
     Mutant("cutting.py", "if len(found) > 1:", "if False:"),
     Mutant("cutting.py", "if nodes and not found:", "if False:"),
     Mutant("cutting.py", "if missing is not None and not changed:", "if missing is not None:"),
@@ -78,11 +80,11 @@ MUTANTS = [
     Mutant("cutting.py", 'while node.op == "placeholder" and node.next.op == "placeholder":', "while False:"),
     Mutant("in_place.py", "if places[user] > places[node]:", "if True:"),
     Mutant("in_place.py", "if places[user] > places[node]:", "if places[user] > places[node] + 1:"),
-    Mutant("in_place.py", "in_place_operator or (name", "(name"),
-    Mutant("in_place.py", 'node.kwargs.get("inplace") is True or positional is True', "positional is True"),
+    Mutant("in_place.py", 'name in IN_PLACE or name == "setitem"', 'name == "setitem"'),
+    Mutant("in_place.py", 'node.kwargs.get("inplace") is True', "False"),
     Mutant("in_place.py", 'getattr(held, "inplace", False) is True', "False"),
-    Mutant("in_place.py", "(node.all_input_nodes[0] in side) != (read in side)", "False"),
-    Mutant("in_place.py", " flatten unflatten", " unflatten"),
+    Mutant("in_place.py", "(value in side) != (read in side)", "False"),
+    Mutant("in_place.py", " flatten from_dlpack", " from_dlpack"),
     Mutant("tracer.py", "return name[1:]", "return name"),
     Mutant(
         "tracer.py", '            raise RuntimeError(f"part of it runs', '            print(f"part of it runs'
@@ -90,13 +92,13 @@ MUTANTS = [
     Mutant("tracer.py", "        _refuse_hooks(m, path)\n", ""),
     Mutant("tracer.py", "self.steering.add(attr_val.path)", "pass"),
     Mutant("tracer.py", "        self.refuse_randomness()\n        self.inside", "        self.inside"),
-    Mutant("tracer.py", "_refuse_assignment(self.root.get_submodule(path), path)", "pass"),
+    Mutant("tracer.py", "            self.refuse_changes()\n", "", STATE),
     Mutant("tracer.py", 'boundary="out" if arg is None else "in"', 'boundary="in"'),
     Mutant("tracing.py", "            follow(model, graph)\n", ""),
     Mutant("tracing.py", "for mode in (True, False, None) if mode in variants", "for mode in variants"),
     Mutant("tracing.py", "for mode in (True, False) if read else ():", "for mode in () if read else ():"),
     Mutant("kinds.py", "if not traced or asks_for_proxy:", "if True:", KINDS),
-    Mutant("kinds.py", '            del names["isinstance"]\n', "            pass\n", KINDS),
+    Mutant("kinds.py", "            del names[asked]\n", "            pass\n", KINDS),
     Mutant("tracer.py", "if isinstance(value, (fx.Proxy, KINDS[kind])):", "if True:", KINDS),
     Mutant("tracer.py", "                raise Unseen(", "                print(", KINDS),
     Mutant("tracing.py", "                opened |= hidden\n                continue\n", "", KINDS),
@@ -104,11 +106,11 @@ MUTANTS = [
     Mutant("cutting.py", "            if not deeper:\n", "            if True:\n"),
     Mutant("in_place.py", "same is not value and same in node.all_input_nodes", "False"),
     Mutant("in_place.py", "node.all_input_nodes if effects(module).returns else []", "[]"),
-    Mutant("in_place.py", "    if _is_unknown(node):", "    if False:"),
+    Mutant("in_place.py", "if _is_unknown(node) or name", "if name"),
     Mutant("in_place.py", "last_read[shared[value]] > place or together", "together"),
     Mutant("in_place.py", " or together[shared[value]] > 1", ""),
     Mutant("effects.py", "any_argument(returned)", "False"),
-    Mutant("effects.py", "any_argument(node for node in nodes if overwrites(module, node))", "False"),
+    Mutant("effects.py", "any_argument(written)", "False"),
     Mutant(
         "cutting.py",
         "                refuse_unseen_reads(model, graph, str(cut.at), effects)\n",
@@ -129,9 +131,9 @@ MUTANTS = [
     Mutant("trace_copy.py", "flag if mode is None else mode", "flag"),
     Mutant("generators.py", "        torch.random.set_rng_state(torch_state)\n", ""),
     Mutant("generators.py", "        random.setstate(python_state)\n", ""),
-    Mutant("sharing.py", "twin[key] = OrderedDict()", "twin[key] = value"),
-    Mutant("sharing.py", "copied = copies[id(value)] = value.copy()", "copied = value"),
-    Mutant("sharing.py", "twin.module = weakref.ref(copies.get(id(module), module))", "pass"),
+    Mutant("sharing.py", "redirection.hooks(value) if value else OrderedDict()", "value", SHARING),
+    Mutant("sharing.py", "copied = self.made[id(value)] = value.copy()", "copied = value.copy()", SHARING),
+    Mutant("sharing.py", "self.twins.get(id(hook.module()), hook.module())", "hook.module()", SHARING),
     Mutant("spliced_module.py", "        self.grl_original.train(mode)\n", ""),
     Mutant("spliced_module.py", "persistent=False", "persistent=True"),
     Mutant(
@@ -150,10 +152,33 @@ MUTANTS = [
     Mutant("verification.py", "_ANOTHER_COEFF = 0.375", "_ANOTHER_COEFF = 1.0", PROOF),
     Mutant(
         "files/atomic_files.py",
-        "        os.replace(draft, path)\n",
-        "        shutil.copy(draft, path)\n",
+        "        os.replace(draft, place)\n",
+        "        shutil.copy(draft, place)\n",
         FILES,
     ),
+    Mutant("made_tensors.py", "self.overwritten.add(storage.data_ptr())", "pass", STATE),
+    Mutant("made_tensors.py", "                self.refuse_own(first)\n", "                pass\n", STATE),
+    Mutant("made_tensors.py", "_version(made.tensor) != made.version", "False", STATE),
+    Mutant("tracing.py", "            node.replace_all_uses_with(copy)\n", "", STATE),
+    Mutant("tracer.py", "if self.refusal is not None:", "if False:", STATE),
+    Mutant("tracer.py", "    _refuse_comparison(root_fn)\n", "", STATE),
+    Mutant("python_state.py", "                _put_back(value, content)\n", "                pass\n", STATE),
+    Mutant("python_state.py", "_differs(value, content) and not _is_memo(value, content)", "False", STATE),
+    Mutant("python_state.py", "not _is_from_inputs(item.node)", "True", STATE),
+    Mutant("kinds.py", '"type": _Asked("type", (), {})', '"type": type', STATE),
+    Mutant("in_place.py", "elif node.target is reverse_each:", "elif False:"),
+    Mutant("scoped.py", "    if way is not None:\n", "    if False:\n", SHARING),
+    Mutant("sharing.py", "            elif key != COMPILED:\n", "            else:\n", SHARING),
+    Mutant("cutting.py", "        refuse_as_graph(model)\n", "", SHARING),
+    Mutant("trace_copy.py", "if path and overrides_call(module):", "if False:", SHARING),
+    Mutant(
+        "verification.py",
+        'elif all(row.ok and row.measured in ("unchanged", "no signal") for row in rows):',
+        "elif False:",
+        PROOF,
+    ),
+    Mutant("comparison.py", "_kind(wanted) is not _kind(found) or ", "", PROOF),
+    Mutant("measurement.py", "if same_bits(leaf.detach(), self.values[name].detach())", "if True", PROOF),
     Mutant("files/atomic_files.py", "        check(draft)\n", "", FILES),
 ]
 
