@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from grl_surgery.links import is_size, origin
 from grl_surgery.reachable import functions_held, functions_of, names_in
-from grl_surgery.tracer import RETURN_SEVERAL, TORCH, Tracer
+from grl_surgery.tracer import TORCH, Tracer, returns_several
 
 __all__ = ["kinds_answered"]
 
@@ -115,8 +115,7 @@ def _kind_of(node: fx.Node, tracer: Tracer) -> type:
         return node.meta.get("kind", torch.Tensor)  # type: ignore[no-any-return]
     tracer.look_into(node)
     if node.op == "call_module":
-        layer = tracer.root.get_submodule(str(node.target))
-        several = isinstance(layer, RETURN_SEVERAL) or getattr(layer, "return_indices", False)
+        several = returns_several(tracer.root.get_submodule(str(node.target)))
     else:
         several = getattr(node.target, "__name__", node.target) in _SEVERAL
     return tuple if several else torch.Tensor

@@ -101,16 +101,19 @@ class MadeTensors(TorchFunctionMode):
 _PACKAGE = __name__.partition(".")[0] + "."
 
 
+def _is_writing_method(name: str) -> bool:
+    return name.endswith("_") and not name.endswith("__")
+
+
 def _is_in_place(name: str) -> bool:
-    is_method = name.endswith("_") and not name.endswith("__")
-    return is_method or name in ("__set__", "__setitem__") or name.strip("_") in IN_PLACE
+    return _is_writing_method(name) or name in ("__set__", "__setitem__") or name.strip("_") in IN_PLACE
 
 
 def _overwrites(node: fx.Node) -> bool:
     """Whether a node overwrites its first argument: by a method, or an operator as in ``x += y``."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     if node.op == "call_method":
-        return name.endswith("_") and not name.endswith("__")
+        return _is_writing_method(name)
     return name in IN_PLACE and getattr(node.target, "__module__", "") == "_operator"
 
 

@@ -36,6 +36,7 @@ __all__ = [
     "check_kind",
     "is_item",
     "operation",
+    "returns_several",
 ]
 
 
@@ -82,11 +83,14 @@ def check_kind(value: Any, name: str, kind: str) -> Any:
     )
 
 
+def returns_several(layer: nn.Module) -> bool:
+    """Whether a layer of torch returns a tuple of tensors."""
+    pairs = isinstance(layer, (nn.RNNBase, nn.MultiheadAttention))
+    return pairs or bool(getattr(layer, "return_indices", False))
+
+
 # What an argument may be taken for where a forward asks; a class stands in a graph by its name.
 KINDS = {kind.__name__: kind for kind in (torch.Tensor, bool, int, float, str, dict, list, tuple, object)}
-
-# Layers that return a tuple of tensors.
-RETURN_SEVERAL = (nn.RNNBase, nn.MultiheadAttention)
 
 _FIXED = (bool, str, type(None))
 _NUMBERS = (int, float, complex)
@@ -247,8 +251,7 @@ class Tracer(fx.Tracer):
         """Whether it is certain that the value is one tensor, or a number made of sizes."""
         if node.op == "call_module":
             layer = self.root.get_submodule(str(node.target))
-            several = isinstance(layer, RETURN_SEVERAL) or getattr(layer, "return_indices", False)
-            return is_building_block(layer) and not several
+            return is_building_block(layer) and not returns_several(layer)
         made_by = getattr(node.target, "__module__", "")
         return node.op == "call_function" and made_by == "_operator" and node.target is not operator.getitem
 
