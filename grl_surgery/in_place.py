@@ -239,7 +239,7 @@ def hidden_writes(model: nn.Module, graph: fx.Graph, effects: EffectsOf) -> Iter
     for node, value in _suspects(model, graph):
         visible = overwrites(model, node)
         if overwritten(model, node) or effects(model.get_submodule(str(node.target))).overwrites:
-            for same in memory(model, value, effects):
+            for same in sorted(memory(model, value, effects), key=places.__getitem__):
                 if places[same] < places[node] and (
                     any(places[user] > places[node] and not is_size(user) for user in same.users)
                     or (not visible and same is not value and same in node.all_input_nodes)
