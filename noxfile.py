@@ -22,3 +22,16 @@ def tests(session: nox.Session, torch: str, timm: str) -> None:
     pins = [f"torch=={torch}", f"torchvision=={TORCH[torch]}", f"timm=={timm}"]
     session.install("-e", ".[dev]", *pins)
     session.run("python", "-m", "pytest", "-q", "-n", "2", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session(python="3.10", venv_backend="uv")
+def lowest(session: nox.Session) -> None:
+    """The suite with the oldest of everything that pyproject.toml names.
+
+    Without the zoo's tests, which are about the networks that the newest timm lists; and though old libraries
+    use what is deprecated by now.
+    """
+    session.install("--resolution", "lowest-direct", "-e", ".[dev]")
+    deprecated = ("-W", "ignore::DeprecationWarning", "-W", "ignore::FutureWarning")
+    ours = ("--ignore", "tests/test_zoo.py", *deprecated, *session.posargs)
+    session.run("python", "-m", "pytest", "-q", "-n", "2", *ours, env={"OMP_NUM_THREADS": "1"})

@@ -12,6 +12,7 @@ __all__ = [
     "ShapeError",
     "SurgeryError",
     "TracingError",
+    "one_line",
 ]
 
 
@@ -61,3 +62,14 @@ class FlipError(SurgeryError):
 
 class ExportError(SurgeryError):
     """A network cannot be written to, or read from, a file as asked."""
+
+
+def one_line(error: BaseException) -> str:
+    """An error's kind and the first line of its message, to quote in a message of our own.
+
+    Example:
+        >>> one_line(OSError("disk full\\nsecond line"))
+        'OSError: disk full'
+    """
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

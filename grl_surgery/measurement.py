@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import operator
 import warnings
-from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,10 +16,10 @@ from grl_surgery.comparison import Form, form_of, same_bits
 from grl_surgery.generators import random_state_kept
 from grl_surgery.loading.inputs import as_arguments
 from grl_surgery.nested import tensors_in
+from grl_surgery.other_tensors import clone, own_tree, with_tensors
 from grl_surgery.precision import all_in_double, widened
 from grl_surgery.python_state import python_state_kept
 from grl_surgery.reversal import GradientReversal
-from grl_surgery.sharing import ORIGINAL, share_copy
 
 __all__ = [
     "Experiment",
@@ -34,43 +31,20 @@ __all__ = [
     "repeatable",
     "tensors_in",
     "watching",
-    "with_tensors",
 ]
 
 Gradients = dict[str, torch.Tensor | None]
-Copy = Callable[[torch.Tensor], torch.Tensor]
 
 
 def private_copy(network: nn.Module, flags: Mapping[str, bool]) -> nn.Module:
     """A tree over the same tensors with these mode flags, and without graphs that a cache kept alive."""
-    tree = _own_tree(network)
+    tree = own_tree(network)
     for path, module in tree.named_modules():
         module.training = flags.get(path, module.training)
         for value in module.__dict__.values():
             if type(value) in (dict, list) and any(_has_graph(item) for item in _items(value)):
                 value.clear()
     return tree
-
-
-def _own_tree(network: nn.Module) -> nn.Module:
-    """A tree over the same tensors, but for scripted modules, which cannot share theirs and are copied."""
-    tree = share_copy(network)
-    made: dict[int, Any] = {}
-    for module in [module for module in tree.modules() if not _is_scripted(module)]:
-        original: Any = module.__dict__.get(ORIGINAL)
-        if _is_scripted(original):
-            twin: Any = copy.deepcopy(original)
-            module.__dict__[ORIGINAL] = twin
-            module.__dict__.update((key, twin.__dict__[key]) for key in ("_parameters", "_buffers"))
-            module._modules.update(twin._modules.items())
-        else:
-            scripted = {name: child for name, child in module._modules.items() if _is_scripted(child)}
-            module._modules.update(copy.deepcopy(scripted, made))
-    return tree
-
-
-def _is_scripted(module: Any) -> bool:
-    return isinstance(module, torch.jit.ScriptModule)
 
 
 def _items(container: Any) -> Sequence[Any]:
@@ -209,19 +183,18 @@ class Experiment:
         buffers.update((name, torch.ones_like(buffers[name])) for name in coefficients(network))
         tree = with_tensors(network, {**leaves, **buffers}, self.copied)
         precision = all_in_double() if self.double else contextlib.nullcontext()
-        modules = {path: module for path, module in tree.named_modules() if not _is_scripted(module)}
-        with python_state_kept(modules) as changed, precision:
+        with python_state_kept(dict(tree.named_modules())) as changed, precision:
             yield _Call(self, tree, leaves, buffers, changed)
 
     def copied(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy for one run, in its precision."""
-        return widened(_clone(tensor)) if self.double else _clone(tensor)
+        return widened(clone(tensor)) if self.double else clone(tensor)
 
     def _leaf(self, name: str) -> torch.Tensor:
         """A leaf of the run's own, so that no ``.grad`` of anybody's is touched."""
         value = self.values[name]
         copied = self.unwritten.pop(name, None)
-        return (_clone(value) if copied is None else copied).requires_grad_(value.requires_grad)
+        return (clone(value) if copied is None else copied).requires_grad_(value.requires_grad)
 
     def _written(self, leaves: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What was written into the leaves; those that were not can be used again.
@@ -242,10 +215,6 @@ class Experiment:
         return dict(zip(wanted, _gradients(scalar, [leaves[name] for name in wanted]), strict=True))
 
 
-def _clone(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().clone()
-
-
 def objective(outputs: Sequence[torch.Tensor], seed: int) -> torch.Tensor | None:
     """A scalar that depends on every output in a direction of its own."""
     terms = []
@@ -256,62 +225,6 @@ def objective(outputs: Sequence[torch.Tensor], seed: int) -> torch.Tensor | None
             term = (output * weight).sum()
             terms.append(term.real if term.is_complex() else term)
     return sum(terms[1:], terms[0]) if terms else None
-
-
-def with_tensors(
-    network: nn.Module,
-    tensors: Mapping[str, torch.Tensor],
-    copied: Copy = _clone,
-) -> nn.Module:
-    """A tree that holds these tensors for good: a checkpointed forward runs again in the backward pass.
-
-    Args:
-        network: What to make another tree of.
-        tensors: Its parameters and buffers in the new tree, by name.
-        copied: Makes what the new tree holds in place of tensors that are neither.
-    """
-    tree = _own_tree(network)
-    named = (*tree.named_parameters(), *tree.named_buffers())
-    known: dict[int, Any] = {id(tensor): tensors[name] for name, tensor in named}
-    known.update((id(tensor), tensor) for tensor in tensors.values())
-    for module in tree.modules():
-        _exchange_inside(module._parameters, known, copied)
-        _exchange_inside(module._buffers, known, copied)
-        if not _is_scripted(module):
-            _exchange_inside(module.__dict__, known, copied)
-        if hasattr(module, "_flat_weights_names"):  # recurrent layers keep a list of their parameters
-            names: Any = module._flat_weights_names
-            module.__dict__["_flat_weights"] = [getattr(module, name) for name in names]
-    return tree
-
-
-def _exchange_inside(holder: Any, known: dict[int, Any], copied: Copy) -> None:
-    """Exchange the tensors in a dict or a list, in place."""
-    for key, item in list(enumerate(holder) if isinstance(holder, list) else holder.items()):
-        exchanged = _exchanged(item, known, copied)
-        if exchanged is not item:
-            holder[key] = exchanged
-
-
-def _exchanged(value: Any, known: dict[int, Any], copied: Copy) -> Any:
-    """``value`` with other tensors in it; a tensor that stands in several places stays one."""
-    if id(value) in known:
-        return known[id(value)]
-    if isinstance(value, torch.Tensor):
-        made = copied(value).requires_grad_(value.requires_grad and value.is_leaf)
-        known[id(value)] = known[id(made)] = made
-        return made
-    if type(value) is tuple:
-        parts = [_exchanged(item, known, copied) for item in value]
-        return value if all(map(operator.is_, parts, value)) else tuple(parts)
-    if type(value) in _COPIED and value:
-        known[id(value)] = value
-        _exchange_inside(value, known, copied)
-    return value
-
-
-# The containers of which a tree has its own.
-_COPIED = (dict, OrderedDict, defaultdict, list)
 
 
 def _gradients(objective: torch.Tensor, leaves: Sequence[torch.Tensor]) -> Sequence[torch.Tensor | None]:

@@ -20,9 +20,13 @@ from torch.utils import _pytree as pytree
 from grl_surgery.arguments import check_network
 from grl_surgery.cutting import apply_cuts, retrace
 from grl_surgery.errors import ShapeError, SurgeryError
+from grl_surgery.generators import random_state_kept
 from grl_surgery.links import links, origin
+from grl_surgery.loading.inputs import RUNNING_INPUTS, does_not_run
 from grl_surgery.loading.inputs import example_inputs as known_inputs
+from grl_surgery.other_tensors import with_tensors
 from grl_surgery.points import Edge, GraphNode, parents
+from grl_surgery.python_state import python_state_kept
 from grl_surgery.reversal import GradientReversal
 from grl_surgery.sharing import share_copy
 from grl_surgery.spliced_module import Cut, SplicedModule
@@ -164,7 +168,7 @@ def describe(model: nn.Module, depth: int | None = 1, example_inputs: Any = None
     inputs = example_inputs if example_inputs is not None else known_inputs(original)
     if isinstance(model, SplicedModule) and model.grl_surgery.is_opaque:
         inputs = None  # its forward runs as it is, which may be on data only
-    shapes = {} if inputs is None else _shapes(model, graph, constants, bind_inputs(graph, inputs))
+    shapes = {} if inputs is None else _shapes(model, graph, constants, bind_inputs(graph, inputs))[0]
     named = [node for node in graph.nodes if "point" in node.meta and node.target is not boundary]
     described = ModelGraph(
         type(model).__name__,
@@ -263,20 +267,19 @@ def bind_inputs(graph: fx.Graph, example_inputs: Any) -> list[Any]:
 
 def _shapes(
     model: nn.Module, graph: fx.Graph, constants: dict[str, torch.Tensor], inputs: list[Any]
-) -> dict[fx.Node, tuple[int, ...]]:
-    """Output shapes of as many nodes as can be run on tensors without data."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad(), _quiet():
+) -> tuple[dict[fx.Node, tuple[int, ...]], Exception | None]:
+    """Output shapes of as many nodes as can be run on tensors without data, and why the others cannot."""
+    recorder, failure = None, None
+    with _no_data(model) as mode:
         try:
             tree = _without_data(model, mode)
-        except ValueError:  # a lazy module has no shapes yet
-            return {}
-        for name, tensor in constants.items():
-            tree.register_buffer(name, mode.from_tensor(tensor))
-        recorder = _ShapeRecorder(tree, graph=graph)
-        fake = pytree.tree_map_only(torch.Tensor, mode.from_tensor, inputs)
-        with contextlib.suppress(Exception):  # code that looks at values cannot run on none
-            recorder.run(*fake)
-    return recorder.shapes
+            for name, tensor in constants.items():
+                tree.register_buffer(name, mode.from_tensor(tensor))
+            recorder = _ShapeRecorder(tree, graph=graph)
+            recorder.run(*pytree.tree_map_only(torch.Tensor, mode.from_tensor, inputs))
+        except Exception as error:  # a lazy module has no shapes yet, code that looks at values sees none
+            failure = error
+    return recorder.shapes if recorder else {}, failure
 
 
 def shapes_at(
@@ -298,13 +301,16 @@ def shapes_at(
     tree._modules.update(modules)
     tree._modules.update((probe.module, nn.Identity()) for probe in probes)
     graph = next(iter(traced.graphs.values()))
-    shapes = _shapes(tree, graph, traced.constants, bind_inputs(graph, example_inputs))
+    shapes, failure = _shapes(tree, graph, traced.constants, bind_inputs(graph, example_inputs))
     found = {node.target: shapes.get(node) for node in graph.nodes if node.op == "call_module"}
     missing = [probe for probe in probes if found.get(probe.module) is None]
+    if missing and failure:
+        what = does_not_run(f"this {type(model).__name__}", example_inputs, failure)
+        raise ShapeError(what, example=RUNNING_INPUTS) from failure
     if missing:
+        point = missing[0].at
         raise ShapeError(
-            f"the value of {missing[0].at!r} is not one tensor, or forward fails on these example inputs",
-            example="one item of it, as in after='encoder[0]'; or example_inputs=(...) that it accepts",
+            f"the value of {point!r} is not one tensor", example=f"one item of it, as in after='{point}[0]'"
         )
     return [found[probe.module] or () for probe in probes]
 
@@ -315,7 +321,7 @@ def check_runs(module: nn.Module, shapes: Sequence[tuple[int, ...]]) -> None:
     Raises:
         SurgeryError: Whatever the module's own checks raise, or that it cannot run.
     """
-    with FakeTensorMode() as mode, torch.no_grad(), _quiet():
+    with _no_data(module) as mode:
         parameter = next(module.parameters(), torch.empty(0))
         inputs = [torch.empty(shape, dtype=parameter.dtype) for shape in shapes]
         try:
@@ -326,6 +332,19 @@ def check_runs(module: nn.Module, shapes: Sequence[tuple[int, ...]]) -> None:
             raise ShapeError(
                 f"{type(module).__name__} cannot run on {' and '.join(map(str, shapes))}: {error}"
             ) from error
+
+
+@contextlib.contextmanager
+def _no_data(model: nn.Module) -> Iterator[FakeTensorMode]:
+    """New tensors have shapes only, and none of them stays in a cache of the model's code."""
+    with (
+        random_state_kept(),
+        python_state_kept(dict(model.named_modules())),
+        _quiet(),
+        torch.no_grad(),
+        FakeTensorMode(allow_non_fake_inputs=True) as mode,
+    ):
+        yield mode
 
 
 @contextlib.contextmanager
@@ -343,13 +362,7 @@ def _quiet() -> Iterator[None]:
 
 def _without_data(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     """The model's tree with tensors that have shapes only."""
-    tree = share_copy(model)
-    for module in tree.modules():
-        for holder in (module._parameters, module._buffers):
-            for name, tensor in holder.items():
-                if tensor is not None:
-                    holder[name] = mode.from_tensor(tensor, static_shapes=True)  # type: ignore[assignment]
-    return tree
+    return with_tensors(model, copied=functools.partial(mode.from_tensor, static_shapes=True))
 
 
 class _ShapeRecorder(fx.Interpreter):

@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from torch import nn
 
-from grl_surgery.errors import SurgeryError
+from grl_surgery.errors import SurgeryError, one_line
 from grl_surgery.loading.checkpoints import load_checkpoint
-from grl_surgery.loading.downloads import downloading, one_line
+from grl_surgery.loading.downloads import downloading
 from grl_surgery.loading.factories import from_factory, no_factory_named
 from grl_surgery.loading.inputs import example_inputs
 from grl_surgery.points import near_names

@@ -16,7 +16,8 @@ import torch
 from torch import fx, nn
 
 from grl_surgery.links import is_size
-from grl_surgery.reachable import functions_of, names_in
+from grl_surgery.other_tensors import is_scripted
+from grl_surgery.reachable import MEMO, functions_of, memos_of, names_in
 
 __all__ = ["python_state_kept"]
 
@@ -26,7 +27,8 @@ def python_state_kept(modules: Mapping[str, nn.Module]) -> Iterator[Callable[[],
     """Put back what the forwards of these modules change in Python: a cache, a counter, a generator.
 
     Watched are the modules' attributes, what these hold, and the containers and generators among the
-    attributes of their classes and the globals that their code names.
+    attributes of their classes and the globals that their code names. What a function under
+    ``functools.lru_cache`` has kept of its results it forgets.
 
     Args:
         modules: By their paths; copies, whose own attributes are not put back.
@@ -34,17 +36,18 @@ def python_state_kept(modules: Mapping[str, nn.Module]) -> Iterator[Callable[[],
     Returns:
         A function that says what has been changed by now, or None.
     """
+    ours = {path: module for path, module in modules.items() if not is_scripted(module)}
     own = [
         (path, kind, holder, dict(holder))
-        for path, module in modules.items()
+        for path, module in ours.items()
         for kind, holder in _holders(module)
     ]
     kept = _Kept()
-    for path, module in modules.items():
+    for path, module in ours.items():
         for name, value in vars(module).items():
             if name not in _EVERY_MODULE_HAS:
                 kept.watch(value, f"{path}.{name}" if path else name)
-    for kind in dict.fromkeys(map(type, modules.values())):
+    for kind in dict.fromkeys(map(type, ours.values())):
         for where, value in _shared(kind):
             kept.watch(value, where)
 
@@ -95,7 +98,7 @@ _SHARED: weakref.WeakKeyDictionary[type, list[tuple[str, Mapping[str, Any]]]] = 
 
 
 def _shared(kind: type[nn.Module]) -> Iterator[tuple[str, Any]]:
-    """The containers and generators of a class and of the files of its code, by the name in the code."""
+    """The containers and generators of a class and of the files of its code, by their names in the code."""
     if kind not in _SHARED:
         classes = [
             vars(base) for base in kind.__mro__ if issubclass(base, nn.Module) and base is not nn.Module
@@ -109,6 +112,7 @@ def _shared(kind: type[nn.Module]) -> Iterator[tuple[str, Any]]:
             for name in names
             if not isinstance(held.get(name, 0), _OPAQUE)
         ]
+        _SHARED[kind] += [(memo.__name__, {memo.__name__: memo}) for memo in memos_of(kind)]
     for name, held in _SHARED[kind]:
         value = held.get(name)
         if isinstance(value, _CONTAINERS) or _is_generator(value):
@@ -117,7 +121,7 @@ def _shared(kind: type[nn.Module]) -> Iterator[tuple[str, Any]]:
 
 # ------------------------------------------------------------------------------------ containers, generators
 
-_CONTAINERS = (dict, list, set, deque)
+_CONTAINERS = (dict, list, set, deque, MEMO)
 _OPAQUE = (
     *(*_PLAIN, torch.Tensor, torch.Size, torch.dtype, torch.device, nn.Module, fx.Graph, logging.Logger),
     *(type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType, property),
@@ -139,7 +143,7 @@ class _Kept:
             if not isinstance(value, _OPAQUE) and id(value) not in self.held:
                 content = _content(value)
                 self.held[id(value)] = (where, value, content)
-                if not _is_generator(value):
+                if not (_is_generator(value) or isinstance(value, MEMO)):
                     rest += content.values() if isinstance(content, dict) else content
 
     def changed(self) -> str | None:
@@ -165,6 +169,8 @@ def _is_generator(value: Any) -> bool:
 
 def _content(value: Any) -> Any:
     """What an object holds, as a dict, a list or a set; of a generator its state."""
+    if isinstance(value, MEMO):
+        return value.cache_info().misses
     if isinstance(value, random.Random):
         return value.getstate()
     if _is_generator(value):
@@ -178,6 +184,8 @@ def _content(value: Any) -> Any:
 
 def _differs(value: Any, content: Any) -> bool:
     now = _content(value)
+    if isinstance(value, MEMO):
+        return bool(now != content)
     if isinstance(content, torch.Tensor):
         return not torch.equal(now, content)
     if _is_generator(value):
@@ -195,7 +203,7 @@ def _is_memo(value: Any, content: Any) -> bool:
     The graph computes them in every run, which gives the same.
     """
     if not isinstance(value, dict):
-        return False
+        return isinstance(value, MEMO)
     added = [item for key, item in value.items() if key not in content]
     kept = all(key in value and _same(value[key], item) for key, item in content.items())
     return kept and all(isinstance(item, fx.Proxy) and not _is_from_inputs(item.node) for item in added)
@@ -215,7 +223,9 @@ def _is_from_inputs(node: fx.Node) -> bool:
 
 
 def _put_back(value: Any, content: Any) -> None:
-    if isinstance(value, random.Random):
+    if isinstance(value, MEMO):
+        value.cache_clear()
+    elif isinstance(value, random.Random):
         value.setstate(content)
     elif _is_generator(value) and hasattr(value, "set_state"):
         value.set_state(content)

@@ -11,19 +11,31 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["compared_arguments", "functions_held", "functions_of", "names_in"]
+__all__ = ["MEMO", "compared_arguments", "functions_held", "functions_of", "memos_of", "names_in"]
+
+MEMO = type(functools.lru_cache(bool))
+"""What keeps the results of a function under ``functools.cache`` or ``functools.lru_cache``."""
 
 
 def functions_of(kind: type[nn.Module]) -> list[FunctionType]:
     """The forward of a class, the methods and functions that it names, and so on; none of torch's."""
-    found: dict[int, FunctionType] = {}
+    return [found for found in _reachable(kind) if isinstance(found, FunctionType)]
+
+
+def memos_of(kind: type[nn.Module]) -> list[Any]:
+    """Those of these functions that keep their results, by ``functools.lru_cache``."""
+    return [found for found in _reachable(kind) if isinstance(found, MEMO)]
+
+
+def _reachable(kind: type[nn.Module]) -> list[Any]:
+    found: dict[int, Any] = {}
     _collect(kind.forward, kind, found)
     return list(found.values())
 
 
 def functions_held(module: nn.Module) -> list[FunctionType]:
     """The functions that a module keeps as attributes or in lists and dicts of it, and what they name."""
-    found: dict[int, FunctionType] = {}
+    found: dict[int, Any] = {}
     for value in vars(module).values():
         items = (
             value.values()
@@ -35,7 +47,7 @@ def functions_held(module: nn.Module) -> list[FunctionType]:
         for item in items:
             if isinstance(item, (FunctionType, types.MethodType, functools.partial)):
                 _collect(item, type(module), found)
-    return list(found.values())
+    return [function for function in found.values() if isinstance(function, FunctionType)]
 
 
 @functools.lru_cache(maxsize=1000)
@@ -53,24 +65,26 @@ def compared_arguments(code: CodeType) -> tuple[str, ...]:
     return ()
 
 
-def _collect(value: Any, kind: type, found: dict[int, FunctionType]) -> None:
+def _collect(value: Any, kind: type, found: dict[int, Any]) -> None:
     for function in _plain(value):
         if id(function) in found or str(function.__module__).partition(".")[0] == "torch":
             continue
         found[id(function)] = function
+        if isinstance(function, MEMO):  # its function comes next
+            continue
         held = (cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell))
         for named in (*_named_values(function, kind), *held):
             _collect(named, kind, found)
 
 
-def _plain(value: Any) -> Iterator[FunctionType]:
-    """The functions behind a method, a property, a partial or a decorator."""
+def _plain(value: Any) -> Iterator[Any]:
+    """The functions behind a method, a property, a partial or a decorator, and what keeps their results."""
     if isinstance(value, property):
         value = value.fget
     if isinstance(value, functools.partial):
         value = value.func
     value = getattr(value, "__func__", value)
-    while isinstance(value, FunctionType):
+    while isinstance(value, (FunctionType, MEMO)):
         yield value
         value = getattr(value, "__wrapped__", None)
 

@@ -14,9 +14,11 @@ from torch import nn
 from grl_surgery.cutting import apply_cuts
 from grl_surgery.errors import PointNotFoundError, ShapeError, SurgeryError, TracingError
 from grl_surgery.generators import random_state_kept
-from grl_surgery.loading.inputs import as_arguments
+from grl_surgery.loading.inputs import RUNNING_INPUTS, as_arguments, does_not_run
+from grl_surgery.other_tensors import with_tensors
 from grl_surgery.points import Edge, enclosing, escape, near_names, split_items, split_number
-from grl_surgery.sharing import exchange, share_copy, way_to
+from grl_surgery.python_state import python_state_kept
+from grl_surgery.sharing import exchange, way_to
 from grl_surgery.spliced_module import Cut, SplicedModule, free_name, taken_apart
 from grl_surgery.tracing import module_paths
 
@@ -144,20 +146,16 @@ def shapes_by_running(
     heads = [Cut("head", point, f"probe_{place}") for place, point in enumerate(points)]
     names = [cut.module for cut in heads]
     modules = {name: nn.Identity() for name in names}
-    probed = splice_inside(_with_own_tensors(share_copy(base)), heads, modules, failure)
+    probed = splice_inside(with_tensors(base, copied=_clone), heads, modules, failure)
     args, kwargs = as_arguments(inputs)
     try:
-        with torch.no_grad(), random_state_kept():
+        with torch.no_grad(), random_state_kept(), python_state_kept(dict(probed.named_modules())):
             _, *values = probed.eval()(*args, **kwargs)
     except SurgeryError:
         raise
     except Exception as error:  # the network is the user's: anything can come out of it
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise ShapeError(
-            f"{type(base).__name__} does not run on the example inputs in eval mode: {type(error).__name__}: "
-            f"{reason}",
-            example="example_inputs=([torch.rand(3, 64, 64)],)",
-        ) from error
+        what = does_not_run(f"in eval mode, this {type(base).__name__}", inputs, error)
+        raise ShapeError(what, example=RUNNING_INPUTS) from error
     for point, value in zip(points, values, strict=True):
         if not isinstance(value, torch.Tensor):
             raise ShapeError(
@@ -165,21 +163,6 @@ def shapes_by_running(
                 example=f"one item of it, as in after='{point}[0]'",
             )
     return [tuple(value.shape) for value in values]
-
-
-def _with_own_tensors(tree: nn.Module) -> nn.Module:
-    """The tree with clones of its tensors: a forward may change them, in eval mode too."""
-    clones: dict[int, torch.Tensor] = {}
-    for module in tree.modules():
-        if not isinstance(module, torch.jit.ScriptModule):
-            stored: Any = (module._parameters, module._buffers, module.__dict__)
-            for held in stored:
-                for name, value in held.items():
-                    if isinstance(value, torch.Tensor):
-                        if id(value) not in clones:
-                            clones[id(value)] = _clone(value)
-                        held[name] = clones[id(value)]
-    return tree
 
 
 def _clone(tensor: torch.Tensor) -> torch.Tensor:

@@ -654,17 +654,15 @@ TABLE = [
     BadInput(
         'gs.attach_domain_head(model, "stage1", example_inputs=torch.randn(2, 5, 8, 8))',
         "ShapeError",
-        "the value of 'stage1' is not one tensor, or forward fails on these example inputs\n"
-        "  for example: one item of it, as in after='encoder[0]'; or example_inputs=(...) that it "
-        "accepts",
+        "this Net does not run on inputs of 2x5x8x8: RuntimeError: Given groups=1, weight of size "
+        "[4, 3, 3, 3], expected input[2, 5, 8, 8] to have 3 channels, but got 5 channels instead\n"
+        "  for example: example_inputs=x, where model(x) runs",
         "Heads",
     ),
     BadInput(
         'gs.attach_domain_head(Tuples(), "encoder", example_inputs=vector())',
         "ShapeError",
-        "the value of 'encoder' is not one tensor, or forward fails on these example inputs\n"
-        "  for example: one item of it, as in after='encoder[0]'; or example_inputs=(...) that it "
-        "accepts",
+        "the value of 'encoder' is not one tensor\n  for example: one item of it, as in after='encoder[0]'",
         "Heads",
     ),
     BadInput(

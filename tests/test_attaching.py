@@ -196,7 +196,7 @@ def test_a_doubtful_layout_is_assumed_aloud_and_can_be_chosen():
         ({"after": "mean", "condition_on": "nowhere"}, "no point 'nowhere'"),
         (
             {"after": "mean", "example_inputs": torch.randn(2, 5, 8, 8)},
-            "forward fails on these example inputs",
+            r"this Net does not run on inputs of 2x5x8x8: RuntimeError: .* to have 3 channels",
         ),
         ({"after": "mean", "example_inputs": (image(), 1)}, "2 example inputs for a forward of 1: x"),
     ],

@@ -90,7 +90,8 @@ def assert_same_bits(first: list[torch.Tensor], second: list[torch.Tensor]) -> N
 def in_a_fresh_process(code: str, *arguments: Any, isolated: bool = False) -> str:
     """What a Python prints that knows nothing of this one; ``isolated`` also hides the package from it."""
     hidden = "import sys\nsys.modules['grl_surgery'] = None\n" if isolated else "import sys\n"
-    command = [sys.executable, "-W", "error", *(["-I"] if isolated else [])]
+    old_timm = "ignore:`torch.jit.interface` is deprecated:FutureWarning"
+    command = [sys.executable, "-W", "error", "-W", old_timm, *(["-I"] if isolated else [])]
     done = subprocess.run(
         [*command, "-c", hidden + code, *map(str, arguments)], capture_output=True, text=True, timeout=120
     )

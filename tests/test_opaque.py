@@ -219,6 +219,9 @@ def test_a_scripted_module_is_one_call_whatever_surrounds_it_and_stays_as_it_was
         )
     ]
     assert all(flipped) == (point == "script")
+    assert gs.attach_domain_head(model, point, example_inputs=x)(x)[1].shape == (5, 2)
+    assert not traceable or gs.graph(model, example_inputs=x).nodes[2].shape == (5, 4)
+    assert [type(p) for p in model.parameters()] == [nn.Parameter] * 6
 
 
 def test_a_module_that_is_passed_anything_is_reversed_as_a_whole():

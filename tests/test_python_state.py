@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import operator
 import random
 from collections import deque
@@ -176,6 +177,36 @@ def test_what_is_kept_to_be_computed_once_is_computed_in_every_call():
         ComputesOnce.cache.clear()
     assert gs.verify_flip(spliced, model, X).ok
     assert ComputesOnce.cache == {}
+
+
+@functools.lru_cache
+def positions(size):
+    return torch.linspace(0, 1, size)
+
+
+class AddsPositions(Net):
+    def forward(self, x):
+        return x + positions(x.shape[1])
+
+
+@pytest.mark.parametrize("block", [*NETWORKS, AddsPositions(), ComputesOnce({})], ids=named)
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda model: gs.graph(model, example_inputs=X),
+        lambda model: gs.attach_domain_head(model, "0", example_inputs=X),
+        lambda model: gs.verify_flip(gs.insert_grl(model, after="0"), model, X),
+        lambda model: gs.diagnose(model, X),
+    ],
+    ids=["graph", "attach", "verify", "diagnose"],
+)
+def test_nothing_that_runs_on_example_inputs_leaves_a_trace_in_it(look, block):
+    model = nn.Sequential(nn.Linear(6, 6), copy.deepcopy(block))
+    before = kept_by(model[1]), random.getstate(), torch.get_rng_state().tolist()
+    positions.cache_clear()
+    look(model)
+    assert (kept_by(model[1]), random.getstate(), torch.get_rng_state().tolist()) == before
+    assert positions.cache_info().currsize == 0
 
 
 def test_a_property_that_is_computed_once_is_no_change():

@@ -172,6 +172,8 @@ def run(loaded: LoadedModel, model: nn.Module) -> Any:
     """Outputs of one forward in the model's present mode, from the same random numbers every time."""
     import torch
 
+    from grl_surgery.loading.inputs import does_not_run
+
     if loaded.example_inputs is None:
         raise SurgeryError(f"nothing says what inputs {loaded.source} takes", example=INPUTS)
     torch.manual_seed(0)
@@ -179,12 +181,8 @@ def run(loaded: LoadedModel, model: nn.Module) -> Any:
         with torch.no_grad():
             return model(*loaded.example_inputs)
     except Exception as error:  # the network is the user's: anything can come out of it
-        sizes = ", ".join("x".join(map(str, getattr(x, "shape", "?"))) for x in loaded.example_inputs)
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise SurgeryError(
-            f"{loaded.source} does not run on inputs of {sizes}: {type(error).__name__}: {reason}",
-            example=INPUTS,
-        ) from error
+        what = does_not_run(str(loaded.source), loaded.example_inputs, error)
+        raise SurgeryError(what, example=INPUTS) from error
 
 
 def check_can_be_cut(loaded: LoadedModel) -> None:

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from grl_surgery.doctor.adopted_reversal import AdoptedReversal
 from grl_surgery.doctor.coefficients import Home, homes
-from grl_surgery.doctor.finding import Site, examine, inputs_of, one_line
+from grl_surgery.doctor.finding import Site, examine, first_sentence, inputs_of
 from grl_surgery.doctor.report import Adopted, Adoption, Left
 from grl_surgery.doctor.rig import Gradients, Rig, private_runs
 from grl_surgery.doctor.survey import eager_gradients, survey
@@ -125,7 +125,7 @@ class _Work:
             candidate, names = self._replaced(site, home)
             self._check(candidate)
         except Exception as error:  # a forward of the user's, or a trace of it
-            self.left.append(Left(site.finding.where, one_line(error)))
+            self.left.append(Left(site.finding.where, first_sentence(error)))
             return
         self.model = candidate
         self.done += [_adopted(site, home, name, schedule) for name in names]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import reprlib
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,10 +24,11 @@ from grl_surgery.doctor.watch import (
     source_line,
 )
 from grl_surgery.errors import SurgeryError
+from grl_surgery.loading.inputs import does_not_run
 from grl_surgery.loading.inputs import example_inputs as known_inputs
 from grl_surgery.reversal import GradientReversal
 
-__all__ = ["Observation", "Site", "examine", "inputs_of", "observe", "one_line"]
+__all__ = ["Observation", "Site", "examine", "first_sentence", "inputs_of", "observe"]
 
 
 def inputs_of(model: nn.Module, example_inputs: Any, verb: str) -> Any:
@@ -242,9 +242,9 @@ class _Flow:
 
     def _verdict(self, model: nn.Module, row: Passing, factor: Factor | Exception) -> tuple[str, str]:
         if isinstance(factor, Exception):
-            return "fails", f"in its backward: {one_line(factor)}"
+            return "fails", f"in its backward: {first_sentence(factor)}"
         if self.failure is not None:
-            return "fails", f"behind it: {one_line(self.failure)}"
+            return "fails", f"behind it: {first_sentence(self.failure)}"
         if row.enters is None:
             end = "output" if row.below else "input"
             return "detached", f"its {end} carries no gradient: detached, or computed under no_grad"
@@ -362,9 +362,9 @@ def _raise_unless_reversal_failed(seen: Observation, error: Exception, fresh: Ri
     overwritten = "inplace" in str(error) and any(not _is_idle(row, seen) for row in seen.watch.passings)
     if overwritten or _runs_without(fresh, seen.watch.failed_in or ""):
         return
-    sizes = ", ".join(map(_size, (*fresh.args, *fresh.kwargs.values()))) or "nothing"
+    inputs = (*fresh.args, *fresh.kwargs.values())
     raise SurgeryError(
-        f"this {type(seen.rig.network).__name__} does not run on inputs of {sizes}: {one_line(error)}",
+        does_not_run(f"this {type(seen.rig.network).__name__}", inputs, error),
         example="diagnose(model, example_inputs), where model(example_inputs) runs",
     ) from error
 
@@ -379,14 +379,6 @@ def _runs_without(rig: Rig, path: str) -> bool:
     return observe(rig).failure is None
 
 
-def _size(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_size, value))}]"
-    if not isinstance(value, Tensor):
-        return reprlib.repr(value)
-    return "x".join(map(str, value.shape)) or "one number"
-
-
 def _failure(model: nn.Module, seen: Observation, error: Exception) -> Finding:
     path = seen.watch.failed_in or ""
     return Finding(
@@ -396,7 +388,7 @@ def _failure(model: nn.Module, seen: Observation, error: Exception) -> Finding:
         name=type(model.get_submodule(path)).__qualname__,
         factor=None,
         verdict="fails",
-        note=one_line(error),
+        note=first_sentence(error),
         source=_line_that_failed(error),
     )
 
@@ -408,7 +400,7 @@ def _line_that_failed(error: Exception) -> str | None:
     return source_line((own or frames)[-1]) if frames else None
 
 
-def one_line(error: BaseException) -> str:
+def first_sentence(error: BaseException) -> str:
     """An error's kind and the first sentence of what it says."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0].partition('. ')[0] if lines else ''}"

@@ -24,8 +24,9 @@ from grl_surgery.measurement import (
     private_copy,
     repeatable,
     tensors_in,
-    with_tensors,
 )
+from grl_surgery.other_tensors import with_tensors
+from grl_surgery.python_state import python_state_kept
 from grl_surgery.sharing import share_copy
 
 __all__ = ["Gradients", "Rig", "private_runs", "shared_holders"]
@@ -143,6 +144,7 @@ def private_runs(model: nn.Module) -> Iterator[list[str]]:
     level = logging.root.manager.disable
     with (
         repeatable(),
+        python_state_kept(dict(model.named_modules())),
         _shared_state_kept(model) as changed,
         warnings.catch_warnings(),
         contextlib.redirect_stderr(io.StringIO()),  # torch.export prints the graph that it gave up on
@@ -186,25 +188,40 @@ def _is_library(module: str) -> bool:
 _PLAIN = (bool, int, float, str, type(None), list, dict, torch.Tensor)
 
 
-def _values(holder: Any) -> dict[str, Any]:
+def _values(holder: Any) -> dict[str, tuple[Any, Any]]:
+    """What a holder has, and a copy of it."""
     plain = {name: value for name, value in vars(holder).items() if type(value) in _PLAIN}
-    return {name: _copied(value) for name, value in plain.items() if not name.startswith("__")}
+    return {name: (value, _copied(value)) for name, value in plain.items() if not name.startswith("__")}
 
 
 def _copied(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, torch.Tensor) else copy.copy(value)
 
 
-def _put_back(holder: Any, before: dict[str, Any]) -> list[str]:
+def _put_back(holder: Any, before: dict[str, tuple[Any, Any]]) -> list[str]:
     """Restore one holder; returns the names of what had another value."""
     now = vars(holder)
-    changed = [name for name, value in before.items() if name not in now or not _equal(now[name], value)]
+    changed = [name for name, (_, was) in before.items() if name not in now or not _equal(now[name], was)]
     for name in changed:
-        setattr(holder, name, before[name])
+        value, was = before[name]
+        _fill(value, was)
+        setattr(holder, name, value)
     added = [name for name in _values(holder) if name not in before] if isinstance(holder, type) else []
     for name in added:
         delattr(holder, name)
     return changed + added
+
+
+def _fill(value: Any, was: Any) -> None:
+    """Give an object its content back: others may hold the same object."""
+    if isinstance(value, torch.Tensor):
+        with torch.no_grad():
+            value.copy_(was)
+    elif isinstance(value, list):
+        value[:] = was
+    elif isinstance(value, dict):
+        value.clear()
+        value.update(was)
 
 
 def _equal(first: Any, second: Any) -> bool:

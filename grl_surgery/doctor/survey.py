@@ -12,7 +12,7 @@ from torch import nn
 
 from grl_surgery.doctor.coefficients import Home, homes
 from grl_surgery.doctor.contexts import CONTEXTS, Context, Ready
-from grl_surgery.doctor.finding import Site, examine, observe, one_line
+from grl_surgery.doctor.finding import Site, examine, first_sentence, observe
 from grl_surgery.doctor.rig import Gradients, Rig, private_runs
 from grl_surgery.doctor.verdicts import Outcome, Status
 from grl_surgery.doctor.watch import Key
@@ -65,7 +65,7 @@ def _in_eval(model: nn.Module, inputs: Any, sites: Sequence[Site], seed: int) ->
     try:
         evaluated = examine(model, inputs, seed=seed, training=False)
     except SurgeryError as error:  # it runs in train mode only
-        return Outcome(name, "error", one_line(error.__cause__ or error))
+        return Outcome(name, "error", first_sentence(error.__cause__ or error))
     same = {(site.finding.where, site.finding.verdict) for site in evaluated}
     off = [s.finding.where for s in sites if (s.finding.where, s.finding.verdict) not in same]
     if not off:
@@ -108,7 +108,7 @@ class _Patient:
                 ready = context.prepare(rig)
                 found = ready.gradients()
             except Exception as error:  # of the user's network, or of torch's tracers
-                return Outcome(context.name, "error", one_line(error))
+                return Outcome(context.name, "error", first_sentence(error))
             status, note = self._compared(found, context.tolerance)
             if status == "alive":
                 frozen = [home for home in self.homes if home and self._is_frozen(context, rig, ready, home)]

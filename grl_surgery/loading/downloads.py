@@ -10,23 +10,12 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
-from grl_surgery.errors import SurgeryError
+from grl_surgery.errors import SurgeryError, one_line
 
-__all__ = ["downloading", "one_line"]
+__all__ = ["downloading"]
 
 # Seconds without an answer after which a hub counts as out of reach.
 _PATIENCE = 5.0
-
-
-def one_line(error: BaseException) -> str:
-    """An error's kind and the first line of its message, to quote in a message of our own.
-
-    Example:
-        >>> one_line(OSError("disk full\\nsecond line"))
-        'OSError: disk full'
-    """
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 @contextmanager

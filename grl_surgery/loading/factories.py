@@ -16,8 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from grl_surgery.errors import SurgeryError
-from grl_surgery.loading.downloads import one_line
+from grl_surgery.errors import SurgeryError, one_line
 from grl_surgery.loading.inputs import as_inputs
 from grl_surgery.points import near_names
 

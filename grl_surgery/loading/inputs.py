@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from grl_surgery.errors import SurgeryError
+from grl_surgery.errors import SurgeryError, one_line
 
-__all__ = ["as_arguments", "as_inputs", "example_inputs"]
+__all__ = ["as_arguments", "as_inputs", "does_not_run", "example_inputs"]
+
+RUNNING_INPUTS = "example_inputs=x, where model(x) runs"
 
 # Batch norm in train mode needs more than one value per channel.
 BATCH = 2
@@ -79,6 +82,26 @@ def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
 
 
+def does_not_run(what: str, inputs: Any, error: Exception) -> str:
+    """What to say where a forward fails on example inputs.
+
+    Example:
+        >>> does_not_run("this Net", torch.zeros(2, 3), RuntimeError("shapes cannot be multiplied"))
+        'this Net does not run on inputs of 2x3: RuntimeError: shapes cannot be multiplied'
+    """
+    args, kwargs = as_arguments(inputs)
+    sizes = ", ".join(map(_size, (*args, *kwargs.values()))) or "nothing"
+    return f"{what} does not run on inputs of {sizes}: {one_line(error)}"
+
+
+def _size(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_size, value))}]"
+    if not isinstance(value, torch.Tensor):
+        return reprlib.repr(value)
+    return "x".join(map(str, value.shape)) or "one number"
+
+
 def _timm_size(model: nn.Module) -> tuple[int, ...] | None:
     """(C, H, W) of a timm model as it was built, which may differ from what its weights were trained at."""
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
@@ -86,7 +109,9 @@ def _timm_size(model: nn.Module) -> tuple[int, ...] | None:
         return None
     channels, *size = config["input_size"]
     built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    return (getattr(model, "in_chans", channels), *(built_for or size))
+    # An older timm says the number of channels nowhere but in the layer that reads them.
+    first = dict(model.named_modules()).get(str(config.get("first_conv")))
+    return (getattr(model, "in_chans", None) or getattr(first, "in_channels", channels), *(built_for or size))
 
 
 def _torchvision_inputs(model: nn.Module) -> tuple[Any, ...] | None:

@@ -12,9 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from grl_surgery.errors import SurgeryError
+from grl_surgery.errors import SurgeryError, one_line
 from grl_surgery.exporting import export, load
-from grl_surgery.loading.downloads import one_line
 from grl_surgery.measurement import private_copy, tensors_in
 from grl_surgery.splicing import insert_grl, reversals, strip
 from grl_surgery.verification import verify_flip

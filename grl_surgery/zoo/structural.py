@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from grl_surgery.loading.downloads import one_line
+from grl_surgery.errors import one_line
 from grl_surgery.measurement import tensors_in
 from grl_surgery.models import load_model
 from grl_surgery.oracle import Factors, HookReversal, in_words, predict, shows_all, with_reversals

@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from grl_surgery.loading.downloads import one_line
+from grl_surgery.errors import one_line
 from grl_surgery.zoo.ledger import NotProved, Row
 from grl_surgery.zoo.names import family
 from grl_surgery.zoo.numeric import check_numbers
