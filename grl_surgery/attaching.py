@@ -17,12 +17,12 @@ from grl_surgery.generators import random_state_kept
 from grl_surgery.heads import Condition, DomainHead, Norm, build_head
 from grl_surgery.loaded_program import check_no_program
 from grl_surgery.loading.inputs import example_inputs as known_inputs
-from grl_surgery.model_graph import check_runs, shapes_at
+from grl_surgery.model_graph import arguments_kept, check_runs, shapes_at
 from grl_surgery.pooling import Pool
 from grl_surgery.scoped import shapes_by_running
 from grl_surgery.selection import Selector, select_points
 from grl_surgery.spliced_module import Cut, free_name
-from grl_surgery.splicing import arguments_kept, check_model, on_same_device, patient, splice
+from grl_surgery.splicing import check_model, device_of, on_same_device, patient, splice
 
 __all__ = ["attach_domain_head"]
 
@@ -47,7 +47,9 @@ def attach_domain_head(
 ) -> nn.Module:
     """Attach a domain discriminator behind a gradient reversal to a network (DANN, Ganin et al. 2016).
 
-    The network's own computation and gradients are untouched; the domain loss reaches it reversed.
+    The network's own computation and gradients are untouched; the domain loss reaches it reversed. The result
+    shares parameters and buffers with ``model``, as that of :func:`insert_grl`: move or cast ``model`` before
+    surgery, or the result, and not ``model`` afterwards.
 
     Example:
         >>> import torch
@@ -96,7 +98,8 @@ def attach_domain_head(
             f"nothing says what inputs {type(base).__name__} takes, so the head cannot be sized",
             example="attach_domain_head(model, 'layer3', example_inputs=(torch.randn(2, 3, 224, 224),))",
         )
-    shape, *class_logits = _shapes(base, cuts, modules, points, inputs)
+    given = arguments_kept(model, example_inputs)
+    shape, *class_logits = _shapes(base, cuts, modules, points, inputs, given)
     with _draws_of_its_own(name):
         head = build_head(
             shape,
@@ -118,21 +121,27 @@ def attach_domain_head(
     parameter = next(base.parameters(), None)
     if parameter is not None and parameter.is_floating_point():
         head.to(parameter.dtype)
-    check_runs(head, [shape, *class_logits])
+    with device_of(head):
+        check_runs(head, [shape, *class_logits])
     modules[name] = on_same_device(head, base)
     return splice(
         base,
         [*cuts, Cut("head", points[0], name, points[1] if points[1:] else None)],
         modules,
-        arguments_kept(model, example_inputs),
+        given,
     )
 
 
 def _shapes(
-    base: nn.Module, cuts: Sequence[Cut], modules: Mapping[str, nn.Module], points: Sequence[str], inputs: Any
+    base: nn.Module,
+    cuts: Sequence[Cut],
+    modules: Mapping[str, nn.Module],
+    points: Sequence[str],
+    inputs: Any,
+    given: Mapping[str, type],
 ) -> list[tuple[int, ...]]:
     try:
-        return shapes_at(base, cuts, modules, points, inputs)
+        return shapes_at(base, cuts, modules, points, inputs, given)
     except TracingError as error:
         return shapes_by_running(base, points, inputs, error)
 
@@ -168,8 +177,11 @@ def _check_name(base: nn.Module, modules: Mapping[str, nn.Module], name: str) ->
 
 @contextlib.contextmanager
 def _draws_of_its_own(name: str) -> Iterator[None]:
-    """New weights follow the seed, differ between heads, and leave the generators as they were."""
-    with random_state_kept():
+    """New weights follow the seed, differ between heads, and leave the generators as they were.
+
+    They are drawn on the host, whatever the default device is: on meta they would have no values.
+    """
+    with random_state_kept(), torch.device("cpu"):
         torch.manual_seed(torch.initial_seed() + int(torch.randint(2**31, ())) + zlib.crc32(name.encode()))
         yield
 

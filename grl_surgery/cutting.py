@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from grl_surgery.differentiable import is_computed_from_floats, is_integral, is_state
@@ -20,7 +21,7 @@ from grl_surgery.errors import (
     SurgeryError,
     TracingError,
 )
-from grl_surgery.in_place import overwrites, refuse_lost_writes, refuse_unseen_reads
+from grl_surgery.in_place import overwritten_later, refuse_lost_writes, refuse_unseen_reads
 from grl_surgery.links import is_size, links, origin, rewrite
 from grl_surgery.opaque import opaque_graph, pick, reverse_each, tap
 from grl_surgery.points import (
@@ -34,7 +35,7 @@ from grl_surgery.points import (
 )
 from grl_surgery.spliced_module import Cut, SplicedModule, refuse_as_graph, taken_apart
 from grl_surgery.trace_copy import is_building_block
-from grl_surgery.tracer import boundary
+from grl_surgery.tracer import boundary, returns_several
 from grl_surgery.tracing import Trace, around_aliases, module_paths, trace
 
 __all__ = ["apply_cuts", "modules_to_open", "replace_item", "retrace"]
@@ -191,7 +192,7 @@ def _cut(model: nn.Module, graph: fx.Graph, cut: Cut, names: Collection[str]) ->
     if cut.kind == "instead":
         return _replace(graph, _named(graph, _find(model, cut.at, names)), cut.module)
     if cut.kind == "tap":
-        return sum(_tap(model, graph, *value, cut.module) for value in _values(model, graph, cut.at, names))
+        return sum(_tap(graph, *value, cut.module) for value in _values(model, graph, cut.at, names))
     return sum(_cut_after(model, graph, *value, cut) for value in _values(model, graph, cut.at, names))
 
 
@@ -256,9 +257,11 @@ def _item_takers(node: fx.Node, items: tuple[Any, ...]) -> Iterator[tuple[fx.Nod
 
 
 def _cut_after(model: nn.Module, graph: fx.Graph, value: fx.Node, items: tuple[Any, ...], cut: Cut) -> int:
-    if not items:
+    if items:
+        _refuse_no_items(model, value, str(cut.at))
+    else:
         _refuse_no_tensor(model, value, str(cut.at))
-    users = list(value.users)
+    users = [user for user in value.users if "for_head" not in user.meta]  # heads have reversals of their own
     with _inserting_after(graph, value):
         holders = _pick(graph, value, items)
         changed = _call(graph, cut.module, holders[-1])
@@ -283,7 +286,12 @@ def replace_item(value: Any, key: Any, item: Any) -> Any:
     Example:
         >>> replace_item(("a", "b"), 1, "c")
         ('a', 'c')
+
+    Raises:
+        ShapeError: The value is one tensor, and autograd does not see what is written into a copy of it.
     """
+    if isinstance(value, torch.Tensor):
+        raise ShapeError(f"a reversal of [{key}] found one tensor there, which has no items")
     if isinstance(value, tuple):
         items = list(value)
         items[key] = item
@@ -332,6 +340,7 @@ def _call_head(graph: fx.Graph, module: str, inputs: Sequence[fx.Node]) -> int:
     output = next(iter(reversed(graph.nodes)))
     with graph.inserting_before(output):
         logits = _call(graph, module, *inputs)
+    logits.meta["for_head"] = True
     heads = output.meta.get("heads", 0)
     returned: Any = output.args[0] if heads else (output.args[0],)
     output.args = ((*returned, logits),)
@@ -341,24 +350,33 @@ def _call_head(graph: fx.Graph, module: str, inputs: Sequence[fx.Node]) -> int:
 
 def _for_head(model: nn.Module, graph: fx.Graph, value: fx.Node, items: Sequence[Any]) -> fx.Node:
     """The value for a head to read: a copy, where the network may overwrite it before the head has."""
-    overwritten = any(overwrites(model, user) for user in value.users)
-    with _inserting_after(graph, value):
-        node = _pick(graph, value, items)[-1]
+    overwritten = overwritten_later(model, value, effects)
+    node = _picked_for_head(graph, value, items)
     if not overwritten:
         return node
     with _inserting_after(graph, node):
-        return graph.call_method("clone", (node,))
+        copy = graph.call_method("clone", (node,))
+    copy.meta["for_head"] = True
+    return copy
+
+
+def _picked_for_head(graph: fx.Graph, value: fx.Node, items: Sequence[Any]) -> fx.Node:
+    with _inserting_after(graph, value):
+        _, *picked = _pick(graph, value, items)
+    for node in picked:
+        node.meta["for_head"] = True
+    return picked[-1] if picked else value
 
 
 def _is_tap_of(node: fx.Node, head: str) -> bool:
     return node.meta.get("tap") in (head, f"{head}.condition")
 
 
-def _tap(model: nn.Module, graph: fx.Graph, value: fx.Node, items: Sequence[Any], name: str) -> int:
+def _tap(graph: fx.Graph, value: fx.Node, items: Sequence[Any], name: str) -> int:
     """Hand the value out to a head that is called when the whole network has run."""
-    node = _for_head(model, graph, value, items)
+    node = _picked_for_head(graph, value, items)
     with _inserting_after(graph, node):
-        graph.call_function(tap, (node, name))
+        graph.call_function(tap, (node, name)).meta["for_head"] = True
     return 1
 
 
@@ -373,6 +391,8 @@ def _cut_output(graph: fx.Graph, cut: Cut) -> int:
     (value,) = output.args
     with graph.inserting_before(output):
         if cut.kind == "tap":
+            while value.target is reverse_each:
+                value = value.args[1]
             graph.call_function(tap, (graph.call_function(pick, (value, items)), cut.module))
         else:
             layer = graph.create_node("get_attr", cut.module)
@@ -484,6 +504,18 @@ def _erase_boundaries(graph: fx.Graph) -> None:
         if node.target is boundary:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+
+
+def _refuse_no_items(model: nn.Module, value: fx.Node, name: str) -> None:
+    """Refuse a reversal of an item of what is one tensor, where torch's own layer computes it."""
+    if value.op != "call_module" or value.meta.get("spliced"):
+        return
+    module = model.get_submodule(str(value.target))
+    if is_building_block(module) and not returns_several(module):
+        whole = split_items(name)[0]
+        raise ShapeError(
+            f"the value of {whole!r} is one tensor, which has no items", example=f"after={whole!r}"
+        )
 
 
 def _refuse_no_tensor(model: nn.Module, value: fx.Node, name: str, target: str | None = None) -> None:

@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from grl_surgery.errors import TracingError
 from grl_surgery.in_place import VIEWING, Effects, memory, overwritten
+from grl_surgery.other_tensors import is_scripted
 from grl_surgery.trace_copy import is_building_block
 from grl_surgery.tracing import trace
 
@@ -24,11 +25,13 @@ def effects(module: nn.Module) -> Effects:
 
     Example:
         >>> effects(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(2, 2)))
-        Effects(overwrites=True, returns=False)
+        Effects(overwrites=True, returns=False, known=True)
     """
     if is_building_block(module):
         in_place = getattr(module, "inplace", False) is True
         return Effects(in_place, in_place or isinstance(module, VIEWING))
+    if is_scripted(module):
+        return Effects(known=False)
     if any(isinstance(inner, fx.GraphModule) for inner in module.modules()):  # each is a class of its own
         return _in_trace(module)
     alike = _likeness(module)
@@ -44,7 +47,7 @@ def _in_trace(module: nn.Module) -> Effects:
     try:
         graphs = trace(module, paths, lenient=True).graphs.values()
     except TracingError:
-        return Effects()
+        return Effects(known=False)
     nodes = [node for graph in graphs for node in graph.nodes]
     returned = [value for node in nodes if node.op == "output" for value in node.all_input_nodes]
 

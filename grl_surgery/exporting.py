@@ -17,8 +17,10 @@ from grl_surgery.files.atomic_files import write_file, write_folder
 from grl_surgery.files.code_folder import WEIGHTS, check_folder, foreign, write_code
 from grl_surgery.files.programs import Purpose
 from grl_surgery.files.safetensors_file import check_checkpoint, read_checkpoint, write_checkpoint
+from grl_surgery.files.tensors import check_gradients
 from grl_surgery.generators import random_state_kept
 from grl_surgery.loaded_program import is_program
+from grl_surgery.sharing import share_copy
 from grl_surgery.splicing import check_model, head_names, reversals
 
 __all__ = ["export", "load"]
@@ -86,6 +88,9 @@ def export(
     kept = None if heads is None else check_names("heads", heads, example="heads=['domain']")
     _check_choices(file.suffix, purpose, kept, dynamic, source, options)
     _check_program(model, file.suffix, purpose)
+    if purpose == "training":
+        check_gradients(model)
+    model = share_copy(model)  # in which no reversal is disabled
     with random_state_kept():
         if file.suffix == ".safetensors":
             write = functools.partial(write_checkpoint, model, source=source, options=options)

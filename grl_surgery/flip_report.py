@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from grl_surgery.errors import FlipError
+from grl_surgery.generators import random_state_kept
 
 if TYPE_CHECKING:
     from grl_surgery.flip_graph import FlipGraph
@@ -52,7 +53,8 @@ class ReversalFlip:
         name: As in ``reversals(model)``.
         where: The point or edge it stands at.
         coeff: Its coefficient when it was verified.
-        ok: Whether the gradient that leaves is -coeff times the one that enters, bit for bit, and not zero.
+        ok: Whether the gradient that leaves is -coeff times the one that enters, bit for bit, and not zero;
+            and the coefficient is finite, not negative and not disabled.
         note: What is wrong, in words.
     """
 
@@ -176,10 +178,11 @@ class FlipReport:
 
     def __str__(self) -> str:
         """The verdict, the reversals, and only the parameters worth looking at, in 100 columns."""
-        from rich.console import Console
+        with random_state_kept():  # rich draws random numbers when it is imported
+            from rich.console import Console
 
-        console = Console(file=io.StringIO(), width=100, color_system=None, legacy_windows=False)
-        console.print(self)
+            console = Console(file=io.StringIO(), width=100, color_system=None, legacy_windows=False)
+            console.print(self)
         text: str = console.file.getvalue()  # type: ignore[attr-defined]
         return "\n".join(line.rstrip() for line in text.rstrip("\n").split("\n"))
 

@@ -67,13 +67,13 @@ def signature(parameters: Iterable[inspect.Parameter], positional: int) -> Signa
         parameters: Of the network's forward.
         positional: How many of the graph's arguments come before the keyword-only ones.
     """
-    kinds = {parameter: parameter.kind for parameter in parameters}
+    parameters = list(parameters)
     left_out = tuple(
         str(parameter.replace(annotation=parameter.empty))
-        for parameter, kind in kinds.items()
-        if kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        for parameter in parameters
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     )
-    unusual = left_out or inspect.Parameter.KEYWORD_ONLY in kinds.values()
+    unusual = left_out or any(parameter.kind is parameter.KEYWORD_ONLY for parameter in parameters)
     return Signature(positional, left_out) if unusual else None
 
 

@@ -1,16 +1,19 @@
-"""Calls of an autograd.Function in a traced forward: recorded whole, with their backward."""
+"""Calls in a traced forward that torch.fx does not record: an autograd.Function, ``torch.ones(n, 6)``."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import operator
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-__all__ = ["FunctionCall", "function_classes", "functions_kept"]
+__all__ = ["MAKERS", "UNSEEN", "FunctionCall", "function_classes", "functions_kept", "traced_in"]
 
 
 class FunctionCall:
@@ -78,3 +81,47 @@ def _recording(tracer: fx.Tracer, kind: Any, name: str, original: Callable[..., 
             return tracer.create_proxy("call_function", FunctionCall(kind), inputs, {})
 
     return record
+
+
+# ------------------------------------------------------------------------------- what makes a tensor of sizes
+
+
+def traced_in(values: Any) -> fx.Proxy | None:
+    """The last traced value in these, at any depth; torch looks for one less thoroughly."""
+    found: list[Any] = [None]
+    fx.node.map_aggregate(values, lambda it: found.append(it) if isinstance(it, fx.Proxy) else None)
+    return found[-1]  # type: ignore[no-any-return]
+
+
+def _sized(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of sizes, which takes traced ones as a tuple only: ``torch.ones((n, 6))``."""
+
+    @functools.wraps(function)
+    def make(*sizes: Any, **kwargs: Any) -> Any:
+        packed = sizes if len(sizes) == 1 or traced_in(sizes) is None else (sizes,)
+        return function(*packed, **kwargs)
+
+    return make
+
+
+_MADE_BY = {f: _sized(f) for f in (torch.empty, torch.ones, torch.rand, torch.randn, torch.zeros)}
+
+UNSEEN: dict[Any, Any] = {
+    **{function: function for function in (torch.as_tensor, torch.asarray, torch.tensor)},
+    torch.Tensor.__getitem__: operator.getitem,
+}
+"""What to record for functions that miss a traced value in what they are given, as the ``n`` in ``x[:n]``."""
+
+
+class _Torch(ModuleType):
+    """Torch, as files of the network see it while it is traced; torch itself keeps lists of its functions."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+MAKERS: dict[Any, Any] = {torch: _Torch("torch", torch.__doc__), **_MADE_BY}
+"""What stands for torch and for those of its functions that a file may have imported by their names."""
+
+for _function, _maker in _MADE_BY.items():
+    setattr(MAKERS[torch], _function.__name__, _maker)

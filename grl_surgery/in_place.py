@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from types import FunctionType
@@ -27,6 +28,7 @@ __all__ = [
     "memory",
     "overwrites",
     "overwritten",
+    "overwritten_later",
     "refuse_lost_writes",
     "refuse_unseen_reads",
 ]
@@ -38,10 +40,12 @@ class Effects(NamedTuple):
     Args:
         overwrites: It changes one in place.
         returns: What it returns may lie in the memory of one, as a dropout's result does in eval mode.
+        known: Its code could be traced; otherwise it may do either.
     """
 
     overwrites: bool = False
     returns: bool = False
+    known: bool = True
 
 
 EffectsOf = Callable[[nn.Module], Effects]
@@ -214,6 +218,20 @@ def memory(model: nn.Module, node: fx.Node, effects: EffectsOf, *, behind: bool 
             rest += [user for user in node.users if node in _viewed(model, user, effects)]
             rest += [] if behind else _viewed(model, node, effects)
     return found
+
+
+def overwritten_later(model: nn.Module, value: fx.Node, effects: EffectsOf) -> bool:
+    """Whether anything behind a value may change it in place before the network is through."""
+    same = memory(model, value, effects)
+    for node in itertools.dropwhile(lambda node: node is not value, value.graph.nodes):
+        if node is not value and not same.isdisjoint(node.all_input_nodes):
+            if not same.isdisjoint(overwritten(model, node)):
+                return True
+            if node.op == "call_module" and not node.meta.get("spliced"):
+                held = effects(model.get_submodule(str(node.target)))
+                if held.overwrites or not held.known:
+                    return True
+    return False
 
 
 class HiddenWrite(NamedTuple):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from grl_surgery.function_calls import MAKERS
 from grl_surgery.links import is_size, origin
 from grl_surgery.reachable import functions_held, functions_of, names_in
 from grl_surgery.tracer import TORCH, Tracer, returns_several
@@ -28,23 +29,27 @@ def kinds_answered(modules: Collection[nn.Module]) -> Iterator[None]:
 
     To Python a traced value is a proxy, and a forward that begins with ``if isinstance(x, torch.Tensor)``
     would be traced along the wrong branch. The name is looked up in the globals of the forward's file, so
-    that is where another function stands for it meanwhile.
+    that is where another function stands for it meanwhile. So it is with what makes a tensor of sizes
+    (:data:`~grl_surgery.function_calls.MAKERS`).
     """
     held = (_asking(functions_held(module)) for module in modules)
     by_class = (_files_of(kind) for kind in dict.fromkeys(map(type, modules)))
-    files = {id(names): names for found in (*held, *by_class) for names in found}
-    shadowed = [(names, asked) for names in files.values() for asked in _ANSWERS if asked not in names]
+    asked = {(id(names), name): names for found in (*held, *by_class) for names, name in found}
+    shadowed = [(names, name, names.get(name, _MISSING)) for (_, name), names in asked.items()]
     is_tensor, is_grad_enabled = torch.is_tensor, torch.is_grad_enabled
-    for names, asked in shadowed:
-        names[asked] = _ANSWERS[asked]
+    for names, name, _ in shadowed:
+        names[name] = _ANSWERS[_meant(names, name)]
     torch.is_tensor = lambda value: _isinstance(value, torch.Tensor)  # type: ignore[assignment]
     torch.is_grad_enabled = _grad_mode_asked(is_grad_enabled)
     try:
         yield
     finally:
         torch.is_tensor, torch.is_grad_enabled = is_tensor, is_grad_enabled
-        for names, asked in shadowed:
-            del names[asked]
+        for names, name, meant in shadowed:
+            if meant is _MISSING:  # a builtin
+                del names[name]
+            else:
+                names[name] = meant
 
 
 def _isinstance(value: Any, kinds: Any) -> bool:
@@ -66,7 +71,8 @@ class _Asked(type):
         return builtins.isinstance(value, type)
 
 
-_ANSWERS: dict[str, Any] = {"isinstance": _isinstance, "type": _Asked("type", (), {})}
+_ANSWERS = {isinstance: _isinstance, type: _Asked("type", (), {}), **MAKERS}
+_MISSING = object()
 
 
 def _grad_mode_asked(is_grad_enabled: Callable[[], bool]) -> Callable[[], bool]:
@@ -82,19 +88,28 @@ def _grad_mode_asked(is_grad_enabled: Callable[[], bool]) -> Callable[[], bool]:
 
 
 _PACKAGE = os.path.dirname(__file__) + os.sep
-_FILES: weakref.WeakKeyDictionary[type, list[dict[str, Any]]] = weakref.WeakKeyDictionary()
+_FILES: weakref.WeakKeyDictionary[type, list[tuple[dict[str, Any], str]]] = weakref.WeakKeyDictionary()
 
 
-def _files_of(kind: type[nn.Module]) -> list[dict[str, Any]]:
-    """Globals of the files in which a module's forward, or something that it calls, asks for a class."""
+def _files_of(kind: type[nn.Module]) -> list[tuple[dict[str, Any], str]]:
+    """Globals of the files of a module's forward and of what it calls, with each name that gets an answer."""
     if kind not in _FILES:
         _FILES[kind] = _asking(functions_of(kind))
-    return _FILES[kind]
+    return [(names, name) for names, name in _FILES[kind] if _meant(names, name) in _ANSWERS]
 
 
-def _asking(functions: Iterable[FunctionType]) -> list[dict[str, Any]]:
-    asking = [f for f in functions if not _ANSWERS.keys().isdisjoint(names_in(f.__code__))]
-    return list({id(f.__globals__): f.__globals__ for f in asking}.values())
+def _asking(functions: Iterable[FunctionType]) -> list[tuple[dict[str, Any], str]]:
+    named = ((f.__globals__, name) for f in functions for name in names_in(f.__code__))
+    return [(names, name) for names, name in named if _meant(names, name) in _ANSWERS]
+
+
+def _meant(names: dict[str, Any], name: str) -> Any:
+    """What a name in a file stands for; None where that is nothing that could get an answer."""
+    meant = names.get(name, getattr(builtins, name, None))
+    return meant if type(meant) in _KINDS_OF_ANSWERED else None
+
+
+_KINDS_OF_ANSWERED = frozenset(map(type, _ANSWERS))  # others need not be hashable
 
 
 # ------------------------------------------------------------------------------------------- the answer

@@ -12,6 +12,7 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from grl_surgery.function_calls import UNSEEN, traced_in
 from grl_surgery.values import IN_PLACE
 
 __all__ = ["MadeTensors"]
@@ -90,7 +91,11 @@ class MadeTensors(TorchFunctionMode):
             if not any(isinstance(value, fx.Proxy) for value in values):
                 for value in values:
                     self.refuse(value)
-        return function(*args, **kwargs or {})
+        kwargs = kwargs or {}
+        recorded = UNSEEN.get(function)
+        if recorded is not None and (traced := traced_in((args, kwargs))) is not None:
+            return traced.tracer.create_proxy("call_function", recorded, args, kwargs)
+        return function(*args, **kwargs)
 
     def refuse_own(self, tensor: torch.Tensor) -> None:
         """Raise an error if a tensor lies in the memory of the network's own."""

@@ -1,8 +1,9 @@
-"""One repeatable forward and its backward passes, on private copies, with every coefficient at 1."""
+"""One repeatable forward and its backward passes, on private copies, with every valid coefficient at 1."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import Node, get_gradient_edge
 from torch.utils import _pytree as pytree
 
 from grl_surgery.comparison import Form, form_of, same_bits
@@ -25,7 +27,9 @@ __all__ = [
     "Experiment",
     "Passage",
     "Run",
+    "Watch",
     "coefficients",
+    "is_coefficient",
     "objective",
     "private_copy",
     "repeatable",
@@ -41,8 +45,9 @@ def private_copy(network: nn.Module, flags: Mapping[str, bool]) -> nn.Module:
     tree = own_tree(network)
     for path, module in tree.named_modules():
         module.training = flags.get(path, module.training)
-        for value in module.__dict__.values():
-            if type(value) in (dict, list) and any(_has_graph(item) for item in _items(value)):
+        for name, value in module.__dict__.items():
+            is_cache = type(value) in (dict, list) and name != "_flat_weights"  # of a recurrent layer
+            if is_cache and any(_has_graph(item) for item in _items(value)):
                 value.clear()
     return tree
 
@@ -149,6 +154,7 @@ class Experiment:
         values = {}
         for name, parameter in network.named_parameters():
             value = parameter.detach()
+            value = value.clone() if value.is_inference() else value
             if value.numel() and not value.any():
                 value = (torch.randn(value.shape, generator=generator) * 0.05).to(value.device, value.dtype)
             values[name] = value.requires_grad_(parameter.requires_grad)
@@ -180,7 +186,8 @@ class Experiment:
         """A network over tensors of its own, to be called; what it does to other Python objects is undone."""
         leaves = {name: self._leaf(name) for name, _ in network.named_parameters()}
         buffers = {name: self.copied(buffer) for name, buffer in network.named_buffers()}
-        buffers.update((name, torch.ones_like(buffers[name])) for name in coefficients(network))
+        valid = (name for name in coefficients(network) if is_coefficient(buffers[name]))
+        buffers.update((name, torch.ones_like(buffers[name])) for name in valid)
         tree = with_tensors(network, {**leaves, **buffers}, self.copied)
         precision = all_in_double() if self.double else contextlib.nullcontext()
         with python_state_kept(dict(tree.named_modules())) as changed, precision:
@@ -252,6 +259,11 @@ def coefficients(network: nn.Module) -> list[str]:
     return [f"{path}.coeff" if path else "coeff" for path in layers]
 
 
+def is_coefficient(value: torch.Tensor) -> bool:
+    """Whether a coefficient is finite and not negative; -1 stands for one that is disabled."""
+    return 0.0 <= float(value) < math.inf
+
+
 # ------------------------------------------------------------------------------------ at the reversals
 
 
@@ -263,23 +275,63 @@ class Passage:
     left: torch.Tensor | None = None
 
 
+@dataclass
+class Watch:
+    """What became of one reversal in one run: how often the graph recorded it, and what passed it."""
+
+    recorded: int = 0
+    passages: list[Passage] = field(default_factory=list)
+
+    def over(self, first: Node, last: Node) -> None:
+        """Record what enters the first and leaves the last of the nodes that one call made."""
+        self.recorded += 1
+        own: list[Passage] = []
+
+        def enter(gradients: Sequence[torch.Tensor | None]) -> None:
+            own.append(Passage(_dense(gradients[0])))
+            self.passages.append(own[-1])
+
+        def leave(gradients: Sequence[torch.Tensor | None], _: Any) -> None:
+            own[-1].left = _dense(gradients[0])
+
+        first.register_prehook(enter)
+        last.register_hook(leave)
+
+
 @contextlib.contextmanager
-def watching(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Passage]]]:
-    """Record what passes the autograd node that each layer makes, by the layer's name."""
-    passed: dict[str, list[Passage]] = {name: [] for name in layers}
+def watching(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Watch]]:
+    """Record what passes each layer in every backward pass, by the layer's name."""
+    watches = {name: Watch() for name in layers}
 
     def watch(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> None:
             if output.grad_fn is not None:
-                output.grad_fn.register_hook(
-                    lambda left, entered: passed[name].append(Passage(_dense(entered[0]), _dense(left[0])))
-                )
+                x = next(iter((*args, *kwargs.values())))
+                watches[name].over(output.grad_fn, _last_node(x, output.grad_fn))
 
         return hook
 
-    handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
+    handles = [layer.register_forward_hook(watch(name), with_kwargs=True) for name, layer in layers.items()]
     try:
-        yield passed
+        yield watches
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _last_node(x: Any, first: Node) -> Node:
+    """The node that gives ``x`` its gradient, over a chain from the first; the first where they branch.
+
+    A subclass of Tensor puts a node of its own behind that of the reversal.
+    """
+    end = get_gradient_edge(x).node if isinstance(x, torch.Tensor) and x.requires_grad else None
+    node: Node | None = first
+    while node is not None and len(following := _following(node)) == 1:
+        if following[0] is end:
+            return node
+        node = following[0]
+    return first
+
+
+def _following(node: Node) -> list[Node]:
+    return [following for following, _ in node.next_functions if following is not None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import json
 import logging
 import warnings
@@ -22,9 +23,9 @@ from grl_surgery.cutting import apply_cuts, retrace
 from grl_surgery.errors import ShapeError, SurgeryError
 from grl_surgery.generators import random_state_kept
 from grl_surgery.links import links, origin
-from grl_surgery.loading.inputs import RUNNING_INPUTS, does_not_run
+from grl_surgery.loading.inputs import RUNNING_INPUTS, as_arguments, does_not_run
 from grl_surgery.loading.inputs import example_inputs as known_inputs
-from grl_surgery.other_tensors import with_tensors
+from grl_surgery.other_tensors import Copy, clone, with_tensors
 from grl_surgery.points import Edge, GraphNode, parents
 from grl_surgery.python_state import python_state_kept
 from grl_surgery.reversal import GradientReversal
@@ -34,7 +35,7 @@ from grl_surgery.trace_copy import is_building_block
 from grl_surgery.tracer import boundary, operation
 from grl_surgery.tracing import module_paths, trace
 
-__all__ = ["ModelGraph", "bind_inputs", "describe", "edges_into", "graph_of"]
+__all__ = ["ModelGraph", "arguments_kept", "bind_inputs", "describe", "edges_into", "graph_of"]
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ def describe(model: nn.Module, depth: int | None = 1, example_inputs: Any = None
         raise SurgeryError(
             f"depth must be 1 or more, or None for all levels; got {depth!r}", example="depth=2"
         )
-    graph, constants = graph_of(model, depth)
+    graph, constants = graph_of(model, depth, arguments_kept(model, example_inputs))
     original = model.grl_original if isinstance(model, SplicedModule) else model
     inputs = example_inputs if example_inputs is not None else known_inputs(original)
     if isinstance(model, SplicedModule) and model.grl_surgery.is_opaque:
@@ -192,15 +193,38 @@ def edges_into(node: fx.Node) -> list[Edge]:
     ]
 
 
-def graph_of(model: nn.Module, depth: int | None) -> tuple[fx.Graph, dict[str, torch.Tensor]]:
-    """The graph that the present mode runs, and the constants in it."""
+def arguments_kept(model: nn.Module, example_inputs: Any) -> dict[str, type]:
+    """The arguments of forward, with their classes, that earlier surgery kept or that example inputs fill."""
+    done = model.grl_surgery if isinstance(model, SplicedModule) else None
+    kept = dict(done.arguments) if done is not None and not done.is_opaque else {}
+    if example_inputs is None:
+        return kept
+    args, kwargs = as_arguments(example_inputs)
+    parameters = inspect.signature(model.forward).parameters
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
+    named = dict(zip(parameters, args, strict=False)) | kwargs
+    return kept | {
+        name: type(value) for name, value in named.items() if not _is_left_out(value, defaults.get(name))
+    }
+
+
+def _is_left_out(value: Any, default: Any) -> bool:
+    """Whether to pass a value is to leave the argument out; a number may become another one."""
+    return isinstance(value, (bool, str)) and type(value) is type(default) and value == default
+
+
+def graph_of(
+    model: nn.Module, depth: int | None, given: Mapping[str, type] | None = None
+) -> tuple[fx.Graph, dict[str, torch.Tensor]]:
+    """The graph that the present mode runs, its arguments ``given`` as elsewhere, and the constants in it."""
     if isinstance(model, SplicedModule) and depth == 1:
         return model.graph, {}
     paths = [path for path, module in model.named_modules() if path and not is_building_block(module)]
     opened = {path for path in paths if depth is None or path.count(".") + 1 < depth}
-    traced = (
-        retrace(model, opened) if isinstance(model, SplicedModule) else trace(model, opened, lenient=True)
-    )
+    if isinstance(model, SplicedModule):
+        traced = retrace(model, opened)
+    else:
+        traced = trace(model, opened, given=given, lenient=True)
     flags = tuple(model.get_submodule(path).training for path in traced.steering)
     return traced.graphs.get(flags) or next(iter(traced.graphs.values())), traced.constants
 
@@ -269,16 +293,23 @@ def _shapes(
     model: nn.Module, graph: fx.Graph, constants: dict[str, torch.Tensor], inputs: list[Any]
 ) -> tuple[dict[fx.Node, tuple[int, ...]], Exception | None]:
     """Output shapes of as many nodes as can be run on tensors without data, and why the others cannot."""
+    with _nothing_kept(model), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        return _recorded(model, graph, constants, inputs, _without_data(mode))
+
+
+def _recorded(
+    model: nn.Module, graph: fx.Graph, constants: dict[str, torch.Tensor], inputs: list[Any], copied: Copy
+) -> tuple[dict[fx.Node, tuple[int, ...]], Exception | None]:
+    """Output shapes of as many nodes as can be run on copies of all tensors, and why the others cannot."""
     recorder, failure = None, None
-    with _no_data(model) as mode:
-        try:
-            tree = _without_data(model, mode)
-            for name, tensor in constants.items():
-                tree.register_buffer(name, mode.from_tensor(tensor))
-            recorder = _ShapeRecorder(tree, graph=graph)
-            recorder.run(*pytree.tree_map_only(torch.Tensor, mode.from_tensor, inputs))
-        except Exception as error:  # a lazy module has no shapes yet, code that looks at values sees none
-            failure = error
+    try:
+        tree = with_tensors(model, copied=copied)
+        for name, tensor in constants.items():
+            tree.register_buffer(name, copied(tensor))
+        recorder = _ShapeRecorder(tree, graph=graph)
+        recorder.run(*pytree.tree_map_only(torch.Tensor, copied, inputs))
+    except Exception as error:  # a lazy module has no shapes yet, code that looks at values sees none
+        failure = error
     return recorder.shapes if recorder else {}, failure
 
 
@@ -288,8 +319,11 @@ def shapes_at(
     modules: Mapping[str, nn.Module],
     points: Sequence[str],
     example_inputs: Any,
+    given: Mapping[str, type] | None = None,
 ) -> list[tuple[int, ...]]:
     """Shapes of the values at some points of a network in which some cuts are made already.
+
+    The network runs on tensors without data; where its code looks at values, on copies of the real ones.
 
     Raises:
         ShapeError: A value is no tensor, or the network cannot run on these inputs.
@@ -297,11 +331,15 @@ def shapes_at(
     """
     tree = share_copy(model)
     probes = [Cut("after", point, f"_probe_{place}") for place, point in enumerate(points)]
-    traced = apply_cuts(tree, [*cuts, *probes])
+    traced = apply_cuts(tree, [*cuts, *probes], given=given)
     tree._modules.update(modules)
     tree._modules.update((probe.module, nn.Identity()) for probe in probes)
     graph = next(iter(traced.graphs.values()))
-    shapes, failure = _shapes(tree, graph, traced.constants, bind_inputs(graph, example_inputs))
+    inputs = bind_inputs(graph, example_inputs)
+    shapes, failure = _shapes(tree, graph, traced.constants, inputs)
+    if failure:
+        with _nothing_kept(tree):
+            shapes, failure = _recorded(tree, graph, traced.constants, inputs, clone)
     found = {node.target: shapes.get(node) for node in graph.nodes if node.op == "call_module"}
     missing = [probe for probe in probes if found.get(probe.module) is None]
     if missing and failure:
@@ -321,11 +359,11 @@ def check_runs(module: nn.Module, shapes: Sequence[tuple[int, ...]]) -> None:
     Raises:
         SurgeryError: Whatever the module's own checks raise, or that it cannot run.
     """
-    with _no_data(module) as mode:
+    with _nothing_kept(module), FakeTensorMode() as mode:
         parameter = next(module.parameters(), torch.empty(0))
         inputs = [torch.empty(shape, dtype=parameter.dtype) for shape in shapes]
         try:
-            _without_data(module, mode)(*inputs)
+            with_tensors(module, copied=_without_data(mode))(*inputs)
         except SurgeryError:
             raise
         except Exception as error:
@@ -335,16 +373,10 @@ def check_runs(module: nn.Module, shapes: Sequence[tuple[int, ...]]) -> None:
 
 
 @contextlib.contextmanager
-def _no_data(model: nn.Module) -> Iterator[FakeTensorMode]:
-    """New tensors have shapes only, and none of them stays in a cache of the model's code."""
-    with (
-        random_state_kept(),
-        python_state_kept(dict(model.named_modules())),
-        _quiet(),
-        torch.no_grad(),
-        FakeTensorMode(allow_non_fake_inputs=True) as mode,
-    ):
-        yield mode
+def _nothing_kept(model: nn.Module) -> Iterator[None]:
+    """What runs leaves nothing behind: no graph, no warning, nothing in a cache of the model's code."""
+    with random_state_kept(), python_state_kept(dict(model.named_modules())), _quiet(), torch.no_grad():
+        yield
 
 
 @contextlib.contextmanager
@@ -360,9 +392,9 @@ def _quiet() -> Iterator[None]:
         log.disabled = before
 
 
-def _without_data(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """The model's tree with tensors that have shapes only."""
-    return with_tensors(model, copied=functools.partial(mode.from_tensor, static_shapes=True))
+def _without_data(mode: FakeTensorMode) -> Copy:
+    """Makes of a tensor one that has a shape only."""
+    return functools.partial(mode.from_tensor, static_shapes=True)
 
 
 class _ShapeRecorder(fx.Interpreter):

@@ -15,7 +15,7 @@ from grl_surgery.errors import SurgeryError, one_line
 from grl_surgery.loading.checkpoints import load_checkpoint
 from grl_surgery.loading.downloads import downloading
 from grl_surgery.loading.factories import from_factory, no_factory_named
-from grl_surgery.loading.inputs import example_inputs
+from grl_surgery.loading.inputs import Inputs, example_inputs
 from grl_surgery.points import near_names
 
 __all__ = ["LoadedModel", "available", "example_inputs", "load_model"]
@@ -37,12 +37,13 @@ class LoadedModel:
     Args:
         module: The network, in the mode its maker left it in.
         source: The name it was loaded by.
-        example_inputs: Positional arguments that it accepts; None where nothing says which.
+        example_inputs: Arguments that it accepts, in a tuple, or by name in a dict; None where nothing says
+            which.
     """
 
     module: nn.Module
     source: str
-    example_inputs: tuple[Any, ...] | None
+    example_inputs: Inputs | None
 
 
 def load_model(
@@ -94,7 +95,7 @@ def available(library: Library) -> list[str]:
     return [f"{library}/{name}" for name in _names(library)]
 
 
-def _build(source: str, pretrained: bool) -> tuple[nn.Module, tuple[Any, ...] | None]:
+def _build(source: str, pretrained: bool) -> tuple[nn.Module, Inputs | None]:
     library, slash, name = source.partition("/")
     if slash and library == "timm":
         return _from_timm(name, pretrained), None

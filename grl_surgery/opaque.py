@@ -139,10 +139,14 @@ _RUNNING: ContextVar[dict[str, list[Any]] | None] = ContextVar("grl_surgery_taps
 @fx.has_side_effect
 @_one_operation
 def tap(value: Any, name: str) -> None:
-    """Hand ``value`` to the :func:`call_and_collect` that is running; without one, do nothing."""
+    """Hand ``value`` to the :func:`call_and_collect` that is running; without one, do nothing.
+
+    It is read when the forward is through, which may overwrite it until then.
+    """
     collected = _RUNNING.get()
     if collected is not None:
-        collected.setdefault(name, []).append(value)
+        kept = value.clone() if isinstance(value, torch.Tensor) else value
+        collected.setdefault(name, []).append(kept)
 
 
 def call_and_collect(

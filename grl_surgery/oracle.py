@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -18,7 +18,17 @@ from grl_surgery.reversal import GradientReversal
 from grl_surgery.sharing import exchange, share_copy
 from grl_surgery.spliced_module import Cut, SplicedModule
 
-__all__ = ["HookReversal", "in_words", "predict", "predict_flow", "recipes", "shows_all", "with_reversals"]
+__all__ = [
+    "HookReversal",
+    "NoReversal",
+    "in_words",
+    "predict",
+    "predict_flow",
+    "recipes",
+    "shows_all",
+    "with_reversals",
+    "without_adopted",
+]
 
 Factors = frozenset[int]
 Flow = tuple[dict[str, Factors], dict[Edge, Factors]]  # by point, and by edge
@@ -27,12 +37,20 @@ Flow = tuple[dict[str, Factors], dict[Edge, Factors]]  # by point, and by edge
 class HookReversal(nn.Module):
     """A reversal with coefficient 1 made of a tensor hook alone, sharing no code with GradientReversal."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *_coeff: Any) -> torch.Tensor:
         """Copy ``x``; its gradient comes back negated."""
         y = x.clone()
         if y.requires_grad:
             y.register_hook(torch.neg)  # type: ignore[no-untyped-call]
         return y
+
+
+class NoReversal(nn.Module):
+    """The identity; unlike torch's, it can be called as a reversal can: ``grl(x=x)``."""
+
+    def forward(self, x: torch.Tensor, *_coeff: Any) -> torch.Tensor:
+        """Return ``x``."""
+        return x
 
 
 def recipes(model: nn.Module) -> dict[str, tuple[Cut, ...]]:
@@ -47,17 +65,8 @@ def with_reversals(model: nn.Module, reference: nn.Module, make: Callable[[], nn
     ``model``'s own. A reversal that the user wrote into the network is exchanged where it stands.
     """
     tree = share_copy(reference)
-    for path, cuts in sorted(recipes(model).items(), key=lambda item: -len(item[0])):
-        host = tree.get_submodule(path)
-        part: Any = model.get_submodule(path)
-        held = part._modules
-        heads = {cut.module: share_copy(held[cut.module]) for cut in cuts if cut.is_head}
-        made = {cut.module: heads.get(cut.module) or make() for cut in cuts if cut.kind != "tap"}
-        graphs = SplicedModule(host, apply_cuts(host, cuts, given=part.grl_surgery.arguments), cuts, made)
-        if path:
-            exchange(tree, host, graphs)
-        else:
-            tree = graphs
+    for path, cuts in _innermost_first(model):
+        tree = _cut_again(tree, path, model.get_submodule(path), cuts, make)
     instead: dict[int, nn.Module] = {}
     for path, layer in model.named_modules(remove_duplicate=False):
         if isinstance(layer, GradientReversal):
@@ -65,6 +74,34 @@ def with_reversals(model: nn.Module, reference: nn.Module, make: Callable[[], nn
             holder = tree.get_submodule(parent)
             holder.__dict__.pop(name, None)  # a reference may have None there
             holder._modules[name] = instead.setdefault(id(layer), make())
+    return tree
+
+
+def without_adopted(model: nn.Module, reference: nn.Module) -> nn.Module:
+    """The reference with the identity for every reversal of its own that one of ours took the place of."""
+    tree = share_copy(reference)
+    for path, cuts in _innermost_first(model):
+        adopted = [cut for cut in cuts if cut.kind == "instead"]
+        if adopted:
+            tree = _cut_again(tree, path, model.get_submodule(path), adopted, NoReversal)
+    return tree
+
+
+def _innermost_first(model: nn.Module) -> list[tuple[str, tuple[Cut, ...]]]:
+    return sorted(recipes(model).items(), key=lambda item: -len(item[0]))
+
+
+def _cut_again(
+    tree: nn.Module, path: str, part: Any, cuts: Sequence[Cut], make: Callable[[], nn.Module]
+) -> nn.Module:
+    """The tree with what lies at ``path`` traced and cut as ``part`` was."""
+    host = tree.get_submodule(path)
+    heads = {cut.module: share_copy(part._modules[cut.module]) for cut in cuts if cut.is_head}
+    made = {cut.module: heads.get(cut.module) or make() for cut in cuts if cut.kind != "tap"}
+    graphs = SplicedModule(host, apply_cuts(host, cuts, given=part.grl_surgery.arguments), cuts, made)
+    if not path:
+        return graphs
+    exchange(tree, host, graphs)
     return tree
 
 

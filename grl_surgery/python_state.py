@@ -98,14 +98,19 @@ _SHARED: weakref.WeakKeyDictionary[type, list[tuple[str, Mapping[str, Any]]]] = 
 
 
 def _shared(kind: type[nn.Module]) -> Iterator[tuple[str, Any]]:
-    """The containers and generators of a class and of the files of its code, by their names in the code."""
+    """The containers and generators of a class and of its code, by their names in the code.
+
+    They are attributes, globals, and defaults of arguments.
+    """
     if kind not in _SHARED:
         classes = [
             vars(base) for base in kind.__mro__ if issubclass(base, nn.Module) and base is not nn.Module
         ]
-        code = [(names_in(function.__code__), function.__globals__) for function in functions_of(kind)]
+        functions = functions_of(kind)
+        code = [(names_in(function.__code__), function.__globals__) for function in functions]
         names = set[str]().union(*(names for names, _ in code))
-        places = [*((names, held) for held in classes), *code]
+        defaults = [(set(held), held) for held in map(_defaults, functions)]
+        places = [*((names, held) for held in classes), *code, *defaults]
         _SHARED[kind] = [
             (name, held)
             for names, held in places
@@ -117,6 +122,13 @@ def _shared(kind: type[nn.Module]) -> Iterator[tuple[str, Any]]:
         value = held.get(name)
         if isinstance(value, _CONTAINERS) or _is_generator(value):
             yield name, value
+
+
+def _defaults(function: types.FunctionType) -> dict[str, Any]:
+    """The defaults of a function's arguments, by their names."""
+    positional = function.__code__.co_varnames[: function.__code__.co_argcount]
+    last = zip(reversed(positional), reversed(function.__defaults__ or ()), strict=False)
+    return {**dict(last), **(function.__kwdefaults__ or {})}
 
 
 # ------------------------------------------------------------------------------------ containers, generators

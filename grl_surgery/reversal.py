@@ -89,9 +89,10 @@ class GradientReversal(nn.Module):
     """The identity whose gradient is multiplied by `-coeff`, as a layer.
 
     `layer.coeff` is a 0-d float32 buffer and the only place where the coefficient lives. It is not part of
-    the state_dict, so that a network has the same checkpoints with and without the layer. It follows the
-    device of the module as every buffer does (after `to_empty`, set it again) but stays float32 when the
-    module is cast, and changing its value never recompiles anything.
+    the state_dict, so that a network has the same checkpoints with and without the layer. Its value survives
+    whatever happens to the module: it stays float32 when that is cast, outlives `to_empty`, and stays on the
+    host where the module goes to the meta device; to every other device it follows. Changing the value never
+    recompiles anything.
 
     Example:
         >>> layer = GradientReversal(coeff=0.5)
@@ -110,13 +111,14 @@ class GradientReversal(nn.Module):
 
     coeff: Tensor
 
-    # The coefficient itself while `reversal_disabled` has put a stand-in into its place.
-    _suspended: Tensor | None = None
+    # The coefficient itself while `reversal_disabled` has put a stand-in into its place; in a tuple, since
+    # whoever looks for numbers among the attributes of a layer would take it for one.
+    _suspended: tuple[Tensor] | None = None
 
     def __init__(self, coeff: float | Tensor = 1.0) -> None:
         super().__init__()
         _check_scalar(coeff)
-        value = coeff.detach() if isinstance(coeff, Tensor) else torch.tensor(coeff, dtype=torch.float32)
+        value = coeff.detach() if isinstance(coeff, Tensor) else _as_buffer(coeff)
         self.register_buffer("coeff", value.to(torch.float32, copy=True), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -148,35 +150,46 @@ class GradientReversal(nn.Module):
             self._own_coeff().fill_(coeff)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GradientReversal:
-        # half() and bfloat16() would round the coefficient, for good.
-        before = self.coeff
+        # half() would round the coefficient for good, to_empty() forget it, and meta has no values.
+        before = self._held()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.coeff.dtype != before.dtype:
-            self.coeff = before.to(self.coeff.device)
+        moved = self._held()
+        if type(moved) is type(before):  # otherwise it became a fake or a distributed tensor
+            self._hold(before if moved.device.type == "meta" else before.to(moved.device))
         return self
 
     def extra_repr(self) -> str:
-        """Returns the argument that rebuilds the layer; `?` where it has no value, as on the meta device."""
+        """Returns the argument that rebuilds the layer; `?` where it has no value, as inside a tracer."""
         return f"coeff={_shown(self._own_coeff())}" + ("" if self._suspended is None else ", disabled")
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy made inside `reversal_disabled` has no context that would ever enable it again, and a shallow
         # copy that shared its dict of buffers would be disabled together with this layer.
         buffers = {**self._buffers, "coeff": self._own_coeff()}
-        return {**self.__dict__, "_buffers": buffers, "_suspended": None}
+        state = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {**state, "_buffers": buffers, "_suspended": None}
 
     def _own_coeff(self) -> Tensor:
-        return self.coeff if self._suspended is None else self._suspended
+        return self._held() if self._suspended is None else self._suspended[0]
 
     def _suspend(self) -> None:
         # Another tensor, not another value: a compiled graph that waits for its backward holds the tensor.
-        self._suspended = self.coeff
-        self.coeff = torch.full_like(self.coeff, -1.0)
+        self._suspended = (self._held(),)
+        self._hold(torch.full_like(self._held(), -1.0))
 
     def _resume(self) -> None:
-        # Only what is in the buffer moves along when the module is moved.
-        self.coeff = self._own_coeff().to(self.coeff.device)
-        self._suspended = None
+        if self._suspended is not None:
+            # Only what is in the buffer moves along when the module is moved.
+            self._hold(self._own_coeff().to(self._held().device))
+            self._suspended = None
+
+    # A subclass may give the attribute `coeff` another meaning.
+
+    def _held(self) -> Tensor:
+        return self._buffers["coeff"]  # type: ignore[return-value]
+
+    def _hold(self, coeff: Tensor) -> None:
+        self._buffers["coeff"] = coeff
 
 
 @contextlib.contextmanager
@@ -189,7 +202,7 @@ def reversal_disabled(model: nn.Module) -> Iterator[None]:
 
     Inside, `layer.coeff` reads -1, the coefficient of an identity, and `repr(layer)` shows the coefficient to
     come back and the word disabled. `layer.set_coeff` sets the one to come back; writing into `layer.coeff`
-    itself is lost at the end. Copies and pickles made inside are not disabled.
+    itself is lost at the end. Copies, pickles and results of surgery made inside are not disabled.
 
     Example:
         >>> model = nn.Sequential(GradientReversal(coeff=0.5))
@@ -281,9 +294,17 @@ def _check_scalar(coeff: float | Tensor) -> None:
             "the function",
             example="reverse_gradient(x, coeff)",
         )
+    if coeff.device.type == "meta":
+        raise SurgeryError("coeff is on the meta device, where it has no value", example="coeff=0.5")
     # Reading from another device would make the host wait for it; a subclass may hold no value at all.
     if type(coeff) is Tensor and coeff.device.type == "cpu" and not _is_recording():
         _check_float32(coeff.detach().item())
+
+
+def _as_buffer(coeff: float) -> Tensor:
+    """Returns `coeff` on the default device, or on the host where that is meta, which keeps no values."""
+    device = torch.get_default_device()
+    return torch.tensor(coeff, dtype=torch.float32, device="cpu" if device.type == "meta" else device)
 
 
 def _check_coeff_dtype(coeff: Tensor) -> None:
@@ -329,7 +350,7 @@ def _shown(coeff: Tensor) -> str:
     """Returns the shortest decimal that gives the same coefficient back."""
     try:
         value = coeff.item()
-    except RuntimeError:  # On the meta device, and for the fake tensors of a tracer, there is no value.
+    except RuntimeError:  # The fake tensors of a tracer have no value.
         return "?"
     for digits in range(1, 17):
         short = float(f"{value:.{digits}g}")

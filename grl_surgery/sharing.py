@@ -15,6 +15,8 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
+from grl_surgery.reversal import GradientReversal
+
 __all__ = ["COMPILED", "ORIGINAL", "exchange", "share_copy", "way_to"]
 
 COMPILED = "_compiled_call_impl"
@@ -29,7 +31,7 @@ def share_copy(model: nn.Module, only: Iterable[nn.Module] | None = None) -> nn.
     Every module of the copy is a new object of the same class with its own mode flag, hooks, containers and
     attributes, so that nothing done to its structure reaches the original. Parameters and buffers are the
     same tensors. What leads to a module of the tree (a container, a function, an object) leads to its copy.
-    Scripted modules cannot be taken apart and stay shared, and no copy is compiled.
+    Scripted modules cannot be taken apart and stay shared, and no copy is compiled or disabled.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3))
@@ -60,6 +62,8 @@ def share_copy(model: nn.Module, only: Iterable[nn.Module] | None = None) -> nn.
         if type(module).__basicsize__ > _WITHOUT_SLOTS:
             for slot, value in _slots(module):
                 slot.__set__(twins[id(module)], redirection.of(value))
+        if issubclass(type(module), GradientReversal):
+            twins[id(module)]._resume()  # the context that disabled the original does not know the copy
     return cast(nn.Module, twins.get(id(model), model))
 
 

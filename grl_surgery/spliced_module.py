@@ -6,6 +6,8 @@ import contextlib
 import copy
 import functools
 import itertools
+import re
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +25,10 @@ from grl_surgery.sharing import COMPILED, ORIGINAL, share_copy
 from grl_surgery.trace_copy import overrides_call
 from grl_surgery.tracer import KINDS, check_fixed, check_kind
 from grl_surgery.tracing import Flags, Trace
+
+# To torch they are dead code, since nothing uses what they return.
+fx.has_side_effect(check_fixed)
+fx.has_side_effect(check_kind)
 
 __all__ = ["Cut", "SplicedModule", "Surgery", "free_name", "refuse_as_graph", "taken_apart"]
 
@@ -112,9 +118,14 @@ class Surgery:
         """The classes of those arguments of forward that stayed arguments though they may have a default."""
         kept: dict[str, type] = {}
         for node in next(iter(self.traced.graphs.values())).nodes:
-            if node.op == "placeholder" and all(user.target is not check_fixed for user in node.users):
-                kinds = (KINDS[user.args[2]] for user in node.users if user.target is check_kind)
-                kept[str(node.target).lstrip("*")] = next(kinds, torch.Tensor)
+            if node.op != "placeholder":
+                continue
+            name = str(node.target).lstrip("*")
+            kinds = (KINDS[user.args[2]] for user in node.users if user.target is check_kind)
+            if all(user.target is not check_fixed for user in node.users):
+                kept[name] = next(kinds, torch.Tensor)
+            elif not node.args:  # an argument without a default, which was None
+                kept[name] = type(None)
         return kept
 
 
@@ -171,6 +182,16 @@ class SplicedModule(fx.GraphModule):
         if self.grl_surgery.is_opaque:
             for module in _spliced(self).values():
                 module.train(mode)
+        return self
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SplicedModule:
+        # The original shares both; torch moves a parameter in place, but puts another buffer where one was.
+        parts = [module for module in self.modules() if not isinstance(module, torch.jit.ScriptModule)]
+        held = [(part._buffers, dict(part._buffers)) for part in parts if part._buffers]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if not torch.__future__.get_overwrite_module_params_on_conversion():
+            for buffers, before in held:
+                buffers.update((name, _in_place(tensor, buffers[name])) for name, tensor in before.items())
         return self
 
     # -- the original
@@ -250,12 +271,13 @@ class SplicedModule(fx.GraphModule):
     def graph(self) -> fx.Graph:
         """The graph that runs in the present mode."""
         surgery = self.__dict__.get("grl_surgery")
-        return surgery.traced.graphs.get(_flags(self), self._graph) if surgery else self._graph
+        graph = surgery.traced.graphs.get(_flags(self), self._graph) if surgery else self._graph
+        _own(graph, self)
+        return graph
 
     @graph.setter
     def graph(self, graph: fx.Graph) -> None:
         self._graph = graph
-        graph.owning_module = self
         surgery = self.__dict__.get("grl_surgery")
         if surgery is not None:  # GraphModule.__init__ comes before there is anything to write
             traced = replace(surgery.traced, graphs={**surgery.traced.graphs, _flags(self): graph})
@@ -325,6 +347,27 @@ def taken_apart(network: SplicedModule) -> tuple[nn.Module, dict[str, nn.Module]
     modules = {name: tree._modules.pop(name) for name in network.grl_surgery.names}
     tree.training = network.training
     return tree, modules  # type: ignore[return-value]
+
+
+def _in_place(tensor: torch.Tensor | None, moved: torch.Tensor | None) -> torch.Tensor | None:
+    """``tensor`` with the content of ``moved``; where torch cannot exchange it, as with meta, ``moved``."""
+    if tensor is None or moved is None or type(moved) is not type(tensor):
+        return moved
+    with contextlib.suppress(RuntimeError):
+        tensor.data = moved
+        return tensor
+    return moved
+
+
+def _own(graph: fx.Graph, network: SplicedModule) -> None:
+    """Tell a graph whose modules it calls; it does not keep the network alive when its last user goes."""
+    known = weakref.ref(graph)
+
+    def forget(_: Any) -> None:
+        if (left := known()) is not None:
+            left.owning_module = None
+
+    graph.owning_module = weakref.proxy(network, forget)  # type: ignore[assignment]
 
 
 def _spliced(network: SplicedModule) -> dict[str, nn.Module]:
@@ -399,12 +442,15 @@ def refuse_as_graph(model: nn.Module) -> None:
     """Refuse a network that would lose something of its own if a graph took its place.
 
     Raises:
-        TracingError: An attribute has a name that torch.fx or we need, or the class overrides ``__call__``.
+        TracingError: A name is one that torch.fx or we need, or that code cannot spell; or the class
+            overrides ``__call__``.
     """
     held = (_plain_attributes(model), model._parameters, model._buffers, model._modules)
     taken = [name for names in held for name in names if name in _TAKEN and not _is_meta(model, name)]
     if taken:
         reason = f"its attribute {taken[0]!r} would hide what a torch.fx.GraphModule has under that name"
+    elif odd := [path for path, _ in model.named_modules() if re.search(r'["\\\n]', path)]:
+        reason = f"the name of its module {odd[0]!r} cannot stand in the code of one"
     elif overrides_call(model):
         reason = "its class overrides __call__, which a graph would lose"
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from grl_surgery.arguments import check_names, check_network
 from grl_surgery.cutting import apply_cuts
 from grl_surgery.errors import SurgeryError, TracingError
 from grl_surgery.loaded_program import check_no_program
-from grl_surgery.loading.inputs import as_arguments
+from grl_surgery.model_graph import arguments_kept
 from grl_surgery.points import Edge, ancestors, near_names
 from grl_surgery.reversal import GradientReversal
 from grl_surgery.scoped import splice_inside
@@ -38,8 +37,12 @@ def insert_grl(
 ) -> nn.Module:
     """Splice a gradient reversal into a network, at a point or on one edge.
 
-    The forward is unchanged; the gradient that passes the point is multiplied by ``-coeff``. The model itself
-    is not changed, and the result shares its parameters and buffers. ``print(graph(model))`` lists the names.
+    The forward is unchanged; the gradient that passes the point is multiplied by ``-coeff``.
+    ``print(graph(model))`` lists the names.
+
+    The result shares parameters and buffers with ``model``, which is not changed itself: move or cast
+    ``model`` before surgery, or the result, and not ``model`` afterwards, where torch would leave the buffers
+    of the result behind. A result that is a ``GraphModule`` takes those of ``model`` along.
 
     Example:
         >>> import torch
@@ -141,26 +144,19 @@ def patient(model: nn.Module) -> tuple[nn.Module, list[Cut], dict[str, nn.Module
 
 def on_same_device(layer: nn.Module, model: nn.Module) -> nn.Module:
     """The new layer on the device and in the mode of the network that it goes into."""
+    return layer.to(device_of(model)).train(model.training)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a network's tensors are; of one that has none, the host."""
     tensors = itertools.chain(model.parameters(), model.buffers())
-    device = next((tensor.device for tensor in tensors), None)
-    return layer.to(device).train(model.training)
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
 def _free_name(model: nn.Module, modules: Mapping[str, nn.Module], place: str | Edge) -> str:
     """An attribute for a reversal that says where it is: ``grl_layer3_0_conv1``."""
     name = "grl_" + re.sub(r"\W+", "_", place.target if isinstance(place, Edge) else place).strip("_")
     return free_name(name, modules, model)
-
-
-def arguments_kept(model: nn.Module, example_inputs: Any) -> dict[str, type]:
-    """The arguments of forward, with their classes, that earlier surgery kept or that example inputs fill."""
-    done = model.grl_surgery if isinstance(model, SplicedModule) else None
-    kept = dict(done.arguments) if done is not None and not done.is_opaque else {}
-    if example_inputs is None:
-        return kept
-    args, kwargs = as_arguments(example_inputs)
-    named = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
-    return kept | {name: type(value) for name, value in named.items()}
 
 
 def splice(
@@ -208,6 +204,12 @@ def head_names(model: nn.Module) -> list[str]:
     return [cut.module for cut in cuts if cut.is_head]
 
 
+def inner_heads(model: nn.Module) -> list[str]:
+    """Paths of the heads whose logits go to a forward around them, and not to whoever calls the network."""
+    inside = ((path, part) for path, part in model.named_modules() if path)
+    return [f"{path}.{name}" for path, part in inside for name in head_names(part)]
+
+
 def strip(model: nn.Module, names: Sequence[str] | str | None = None) -> nn.Module:
     """Take reversals and heads out again.
 
@@ -223,7 +225,8 @@ def strip(model: nn.Module, names: Sequence[str] | str | None = None) -> nn.Modu
 
     Returns:
         The network without them, over the same tensors. With nothing left in it, it is of the original's
-        class with the original's keys.
+        class with the original's keys. Where a forward of yours calls a network with a head and takes the
+        logits apart, strip that network instead: it would get one value less.
 
     Raises:
         SurgeryError: There is nothing to take out, or no such name.

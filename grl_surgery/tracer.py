@@ -7,6 +7,7 @@ import inspect
 import itertools
 import operator
 import os
+import reprlib
 import sys
 import threading
 from collections import defaultdict
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from grl_surgery.errors import TracingError
 from grl_surgery.forward_text import signature
@@ -28,6 +30,7 @@ from grl_surgery.values import ASSIGNED, IN_PLACE, Stored, Value
 
 __all__ = [
     "KINDS",
+    "Hooked",
     "Stopped",
     "Tracer",
     "Unseen",
@@ -56,6 +59,10 @@ class Unseen(Stopped):
         self.hidden = hidden
 
 
+class Hooked(Stopped):
+    """It calls the module at ``path``, around which hooks run that are registered for every module."""
+
+
 def boundary(value: Any) -> Any:
     """Marks in a graph where a value enters or leaves a traced module; taken out before the graph runs."""
     return value
@@ -63,11 +70,11 @@ def boundary(value: Any) -> Any:
 
 def check_fixed(value: Any, name: str, default: Any) -> Any:
     """Refuse another value than the default for an argument that tracing has fixed."""
-    if isinstance(value, fx.Proxy) or value is default or (type(value) is type(default) and value == default):
+    if isinstance(value, fx.Proxy) or value is default or repr(value) == repr(default):  # 1 is not True
         return value
     raise TracingError(
-        f"the argument {name!r} steers what forward does, so surgery fixed it at its default {default!r}; "
-        f"got {value if isinstance(value, (bool, int, float, str)) else type(value).__name__!r}",
+        f"the argument {name!r} steers what forward does, so surgery fixed it at {default!r}; "
+        f"got {reprlib.repr(value if isinstance(value, _SHOWN) else type(value).__name__)}",
         example=f"insert_grl(model, ..., example_inputs={{..., {name!r}: value}}) keeps it an argument",
     )
 
@@ -77,7 +84,7 @@ def check_kind(value: Any, name: str, kind: str) -> Any:
     if isinstance(value, (fx.Proxy, KINDS[kind])):
         return value
     raise TracingError(
-        f"forward looks at what kind of value {name!r} is, so surgery fixed it as a {kind}; "
+        f"the kind of value that {name!r} is steers what forward does, so surgery fixed it as a {kind}; "
         f"got a {type(value).__name__}",
         example="insert_grl(model, ..., example_inputs=...) with values as forward will get them",
     )
@@ -85,14 +92,19 @@ def check_kind(value: Any, name: str, kind: str) -> Any:
 
 def returns_several(layer: nn.Module) -> bool:
     """Whether a layer of torch returns a tuple of tensors."""
-    pairs = isinstance(layer, (nn.RNNBase, nn.MultiheadAttention))
+    kinds = (nn.RNNBase, nn.LSTMCell, nn.MultiheadAttention, nn.AdaptiveLogSoftmaxWithLoss)
+    pairs = isinstance(layer, kinds)
     return pairs or bool(getattr(layer, "return_indices", False))
 
 
 # What an argument may be taken for where a forward asks; a class stands in a graph by its name.
 KINDS = {kind.__name__: kind for kind in (torch.Tensor, bool, int, float, str, dict, list, tuple, object)}
 
-_FIXED = (bool, str, type(None))
+_ITERATED = (
+    "it goes through the items of a value, and how many there are is only known when the network runs "
+    "(x.shape passed whole, as in torch.zeros(x.shape), can be traced, *x.shape cannot)"
+)
+_SHOWN = (bool, int, float, str, dict, list, tuple)
 _NUMBERS = (int, float, complex)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -269,9 +281,9 @@ class Tracer(fx.Tracer):
         """The items of a value, where the line of code says how many there are."""
         try:
             return super().iter(obj)
-        except fx.proxy.TraceError as error:
+        except fx.proxy.TraceError:
             self.look_into(obj.node)
-            raise self.refused(error)  # noqa: B904
+            raise self.refused(fx.proxy.TraceError(_ITERATED)) from None
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """No answer: which branch it is depends on what the network is given."""
@@ -302,6 +314,8 @@ class Tracer(fx.Tracer):
             return self.create_node("get_attr", self.path_of_module(a), (), {})
         if isinstance(a, torch.Tensor):
             return self.constant(a)
+        if isinstance(a, torch.Generator):
+            raise RuntimeError("it draws from a torch.Generator, which a graph would not hold")
         if isinstance(a, dict) and type(a) is not dict:
             return self.mapping(a)
         return super().create_arg(a)
@@ -381,23 +395,41 @@ class Tracer(fx.Tracer):
         names = {parameter.name for parameter in parameters}
         return [name for name in self.given if name not in names]
 
+    def placeholder(self, name: str, *default: Any) -> fx.Proxy:
+        """A proxy for one argument, with its default, which has to be one that can be written as code."""
+        try:
+            proxy = self.create_proxy("placeholder", name, default, {})
+        except NotImplementedError:
+            proxy = None
+        if proxy is None or proxy.node.all_input_nodes:
+            is_tensor = isinstance(default[0], torch.Tensor)
+            kind = "tensor" if is_tensor else f"{type(default[0]).__name__} that a graph cannot have"
+            raise RuntimeError(f"the default of its argument {name!r} is a {kind}")
+        return proxy
+
     def argument(self, parameter: inspect.Parameter) -> Any:
         """A proxy for one argument, or its default where that steers the forward."""
         name, default = parameter.name, parameter.default
-        if default is parameter.empty:
-            return self.create_proxy("placeholder", name, (), {})
-        if isinstance(default, torch.Tensor):
-            raise RuntimeError(f"the default of its argument {name!r} is a tensor")
-        node = self.create_proxy("placeholder", name, (default,), {})
-        if name in self.given:
+        is_required = default is parameter.empty
+        node = self.placeholder(name) if is_required else self.placeholder(name, default)
+        given = self.given.get(name)
+        if given is type(None):
+            return self.fixed(node, name, None)
+        if default is None and given:  # left out, it would be another forward
+            self.kind_of_argument(node.node)
+        if is_required or given:
             return node
         is_number = isinstance(default, _NUMBERS) and not isinstance(default, bool)
         self.has_numbers |= is_number
         if is_number and not self.numbers_fixed:
             return node
-        check = self.create_proxy("call_function", check_fixed, (node, name, default), {})
+        return self.fixed(node, name, default)
+
+    def fixed(self, argument: fx.Proxy, name: str, value: Any) -> Any:
+        """The one value that an argument has, and has to have."""
+        check = self.create_proxy("call_function", check_fixed, (argument, name, value), {})
         del check.node.meta["base"]  # no point: nothing flows through it
-        return default
+        return value
 
     # -- what stops it
 
@@ -455,6 +487,12 @@ def _refuse_hooks(module: nn.Module, path: str) -> None:
     held = [kind.strip("_").replace("_", " ") for kind in _HOOKS if getattr(module, kind)]
     if held:
         raise RuntimeError(f"{path!r} has {' and '.join(held)}, which would be lost")
+    if _has_any_global_hook():  # type: ignore[no-untyped-call]
+        raise Hooked(
+            f"hooks run around every module (torch.nn.modules.module.register_module_...), and {path!r} "
+            "would be called past them",
+            path,
+        )
     if "forward" in module.__dict__:
         raise RuntimeError(f"{path!r} has a forward set on the instance, which would be lost")
 

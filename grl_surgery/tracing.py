@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
 
-from grl_surgery.errors import TracingError
+from grl_surgery.errors import SurgeryError, TracingError
 from grl_surgery.function_calls import functions_kept
 from grl_surgery.generators import random_state_kept
 from grl_surgery.in_place import Effects, follow, memory, overwritten
@@ -22,7 +22,7 @@ from grl_surgery.kinds import kinds_answered
 from grl_surgery.points import ancestors, escape, number
 from grl_surgery.python_state import python_state_kept
 from grl_surgery.trace_copy import is_opaque, trace_copy
-from grl_surgery.tracer import TORCH, Stopped, Tracer, Unseen, is_item
+from grl_surgery.tracer import TORCH, Hooked, Stopped, Tracer, Unseen, is_item
 
 __all__ = ["Trace", "around_aliases", "module_paths", "trace"]
 
@@ -112,6 +112,7 @@ def trace(
 
     Raises:
         TracingError: A forward cannot be traced. It names the module and what stopped it.
+        SurgeryError: Hooks that run around every module would not run around one.
     """
     wanted = {"", *opened, *(around for path in opened for around in ancestors(path))}
     opened = {path for path in wanted if _can_be_opened(model, path)}
@@ -126,6 +127,8 @@ def trace(
             if closed.isdisjoint(hidden) and all(_can_be_opened(model, path) for path in hidden):
                 opened |= hidden
                 continue
+        if isinstance(stop, Hooked) and not lenient:  # spliced in another way it would be lost as well
+            raise SurgeryError(str(stop), example="handle.remove() before insert_grl(model, ...)")
         if not stop.path or (stop.path in wanted and not lenient):
             raise TracingError(str(stop), example=_way_out(stop.path)) from stop.__cause__
         closed.add(stop.path)
@@ -250,7 +253,7 @@ def _trace_once(
             _renew(model, graph, tracer.made.nodes())
             follow(model, graph)
             return graph, tracer.steering
-        except Unseen:
+        except (Unseen, Hooked):
             raise
         except Exception as error:  # user code runs in here: anything can come out of it
             function = _function_that_failed(error)

@@ -21,14 +21,25 @@ from grl_surgery.measurement import (
     Experiment,
     Passage,
     Run,
+    Watch,
     coefficients,
+    is_coefficient,
     private_copy,
     repeatable,
     watching,
 )
-from grl_surgery.oracle import Factors, HookReversal, in_words, predict, recipes, with_reversals
+from grl_surgery.oracle import (
+    Factors,
+    HookReversal,
+    NoReversal,
+    in_words,
+    predict,
+    recipes,
+    with_reversals,
+    without_adopted,
+)
 from grl_surgery.reversal import GradientReversal
-from grl_surgery.splicing import check_model, head_names, reversals, strip
+from grl_surgery.splicing import check_model, head_names, inner_heads, reversals, strip
 
 __all__ = ["verify_flip"]
 
@@ -44,8 +55,9 @@ def verify_flip(
     """Prove that the spliced gradients, and no others, are reversed.
 
     Coefficients are set to 1 on a copy: then a reversed gradient is the exact negative of the original and
-    every other one is exactly the original, so bits can be compared and no tolerance is needed. A parameter
-    that starts at zero gets values on that copy, so that no gradient is zero for that reason alone.
+    every other one is exactly the original, so bits can be compared and no tolerance is needed. One that is
+    negative, infinite or nan, or that ``reversal_disabled`` has put aside, stays as it is, and fails. A
+    parameter that starts at zero gets values on that copy, so that no gradient is zero for that reason alone.
 
     With domain heads, each objective is proved on its own: the output gives every parameter its original
     gradient, and each head's logits give what is upstream the exact negative of what the same head would
@@ -60,7 +72,8 @@ def verify_flip(
 
     Args:
         model: A spliced network, or any network with a :class:`GradientReversal` in it.
-        reference: The network without reversals; by default what ``strip(model)`` gives.
+        reference: The network without reversals, by default what ``strip(model)`` gives; one that is spliced
+            itself is stripped.
         example_inputs: Arguments of forward: a tensor, a tuple, or a dict by name; by default those that timm
             or torchvision declare.
         mode: Verify in train or in eval mode; by default with the flags as they are on ``model``.
@@ -73,8 +86,9 @@ def verify_flip(
         SurgeryError: There are no example inputs, or the reference is another network.
     """
     check_model(model, "verify_flip")
-    plain = _reference(model) if reference is None else reference
-    check_model(plain, "verify_flip")
+    if reference is not None:
+        check_model(reference, "verify_flip")
+    plain = _reference(model, reference)
     inputs = known_inputs(plain) if example_inputs is None else example_inputs
     if inputs is None:
         raise SurgeryError(
@@ -99,9 +113,12 @@ def _flags(model: nn.Module, mode: str | None) -> dict[str, bool]:
     return {path: module.training for path, module in tree.named_modules()}
 
 
-def _reference(model: nn.Module) -> nn.Module:
+def _reference(model: nn.Module, given: nn.Module | None) -> nn.Module:
     """The network without reversals: stripped, or with those that the user wrote exchanged for identities."""
-    return strip(model) if recipes(model) else with_reversals(model, model, nn.Identity)
+    network = model if given is None else given
+    if recipes(network):
+        return strip(network)
+    return with_reversals(model, model, NoReversal) if given is None else given
 
 
 def _check_same_network(model: nn.Module, reference: nn.Module) -> None:
@@ -139,6 +156,8 @@ class _Verification:
         self.right_flags = flags if mode is None else {**flags, **_flags(plain, mode)}
         self.experiment = Experiment.on(model, inputs, seed)
         self.spliced = private_copy(model, flags)
+        for name, layer in reversals(model).items():  # a copy of one that is disabled would not be
+            self.spliced.get_submodule(name)._buffers["coeff"] = layer.coeff
         self.fails_in_double = ""
 
     # -- the runs
@@ -153,15 +172,16 @@ class _Verification:
         """Gradients without any reversal: of the reference and, for the heads, of heads without one."""
         found = {"output": self.expected.gradients["output"]}
         if self.heads:
-            bare = private_copy(with_reversals(self.model, self.plain, nn.Identity), self.right_flags)
+            bare = private_copy(with_reversals(self.model, self.plain, NoReversal), self.right_flags)
             run = self.experiment.run(bare, self.heads)
             found.update((head, run.gradients[head]) for head in self.heads)
         return found
 
     @functools.cached_property
     def expected(self) -> Run:
-        """The reference's run."""
-        return self.experiment.run(private_copy(self.plain, self.right_flags))
+        """The reference's run, without reversals of its own."""
+        plain = without_adopted(self.model, self.plain)
+        return self.experiment.run(private_copy(plain, self.right_flags))
 
     @functools.cached_property
     def right(self) -> Run:
@@ -192,6 +212,11 @@ class _Verification:
         except Exception as error:
             if isinstance(error, SurgeryError):
                 raise
+            for head in inner_heads(self.model):
+                raise SurgeryError(
+                    f"without the head {head!r}, whose logits its forward takes, {name} fails: {error}",
+                    example=f"verify_flip(model.{head.rpartition('.')[0]}, example_inputs=...)",
+                ) from error
             raise SurgeryError(
                 f"{name} itself fails on these example inputs: {error}",
                 example="example_inputs=(x,), with an x for which model(x) works",
@@ -209,7 +234,7 @@ class _Verification:
 
     def report(self) -> FlipReport:
         """Run everything, compare, and write it down."""
-        with watching(reversals(self.spliced)) as passed:
+        with watching(reversals(self.spliced)) as watches:
             self._check_runs()
         objectives = ("output", *self.heads)
         rows = [row for name in objectives for row in self._rows(name, self.actual.gradients[name])]
@@ -217,10 +242,10 @@ class _Verification:
         different = self._difference()
         return FlipReport(
             tuple(rows),
-            tuple(self._reversal(name, layer, passed[name]) for name, layer in layers.items()),
+            tuple(self._reversal(name, layer, watches[name]) for name, layer in layers.items()),
             not different,
             _mode(self.spliced),
-            (*_problems(layers, rows), *_differences(self.model, self.plain)),
+            (*_problems(watches, rows), *_differences(self.model, self.plain)),
             type(self.plain).__name__,
             different,
             functools.partial(flip_graph, self.spliced, self.oracle, self.experiment.inputs, objectives),
@@ -328,24 +353,45 @@ class _Verification:
             return _is_zero(wanted) and _is_zero(found)
         return bool((wanted - found).norm() <= 1e-9 * wanted.norm())
 
-    def _reversal(self, name: str, layer: GradientReversal, passed: Sequence[Passage]) -> ReversalFlip:
-        coeff = float(layer.coeff)
-        note = next((note for row in passed if (note := _wrong_passage(layer, row))), "")
-        if all(_is_zero(row.entered) for row in passed):
+    def _reversal(self, name: str, layer: GradientReversal, watch: Watch) -> ReversalFlip:
+        note = _wrong_coefficient(layer)
+        if not note and not _is_reached(watch):
             note = "no gradient reaches it"
-        return ReversalFlip(name, _place(self.model, name), coeff, not note, note)
+        if not note:
+            note = next((note for row in watch.passages if (note := _wrong_passage(layer, row))), "")
+        return ReversalFlip(name, _place(self.model, name), float(layer.coeff), not note, note)
 
 
-def _problems(layers: Mapping[str, Any], rows: Sequence[ParameterFlip]) -> Iterator[str]:
-    if not layers:
+def _problems(watches: Mapping[str, Watch], rows: Sequence[ParameterFlip]) -> Iterator[str]:
+    if not watches:
         yield "there is no reversal in this network"
         return
     upstream = [row for row in rows if row.predicted in ("flipped", "mixed", "unknown")]
-    is_alone = len(layers) == 1 and not upstream
+    is_alone = len(watches) == 1 and not upstream
     if is_alone or (upstream and all(row.measured == "no signal" for row in upstream)):
-        yield "no parameter upstream of a reversal receives a gradient, so nothing is proved"
+        yield _NOTHING_PROVED
     elif all(row.ok and row.measured in ("unchanged", "no signal") for row in rows):
-        yield "no parameter's gradient is reversed: reversals that follow one another cancel"
+        yield _nothing_reversed(watches)
+
+
+_NOTHING_PROVED = "no parameter upstream of a reversal receives a gradient, so nothing is proved"
+
+
+def _nothing_reversed(watches: Mapping[str, Watch]) -> str:
+    """Why no parameter's gradient is reversed, though none is wrong."""
+    reached = [watch for watch in watches.values() if _is_reached(watch)]
+    if not reached:
+        return (
+            f"no gradient reaches {', '.join(watches)}: what is reversed lies in torch.no_grad or behind a "
+            "detach, not on the path that these inputs take, or behind no parameter that requires a gradient"
+        )
+    if sum(watch.recorded for watch in reached) == 1:
+        return _NOTHING_PROVED
+    return "no parameter's gradient is reversed: reversals that follow one another cancel"
+
+
+def _is_reached(watch: Watch) -> bool:
+    return any(not _is_zero(row.entered) for row in watch.passages)
 
 
 def _differences(model: nn.Module, reference: nn.Module) -> Iterator[str]:
@@ -371,6 +417,15 @@ def _relation(before: torch.Tensor | None, after: torch.Tensor | None) -> tuple[
     if before is not None and torch.equal(after, before):
         return "unchanged", "its gradient is not reversed"
     return "wrong", _ratio(before, after)
+
+
+def _wrong_coefficient(layer: GradientReversal) -> str:
+    """Why a layer reverses nothing as things are, whatever its code does; empty if its coefficient is one."""
+    if layer._suspended is not None:
+        return "it is disabled at the moment, by reversal_disabled"
+    if not is_coefficient(layer.coeff):
+        return f"its coefficient is {float(layer.coeff):g}; it must be finite and not negative"
+    return ""
 
 
 def _wrong_passage(layer: GradientReversal, row: Passage) -> str:

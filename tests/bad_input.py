@@ -340,6 +340,12 @@ TABLE = [
         "Points and edges",
     ),
     BadInput(
+        'gs.insert_grl(model, after="fc[0]")',
+        "ShapeError",
+        "the value of 'fc' is one tensor, which has no items\n  for example: after='fc'",
+        "Points and edges",
+    ),
+    BadInput(
         'gs.insert_grl(Tuples(), after="encoder")(vector())',
         "ShapeError",
         "a gradient reversal takes one tensor; its input is a tuple of 2; choose one item\n"
@@ -525,7 +531,7 @@ TABLE = [
     BadInput(
         'gs.insert_grl(KeywordOnly(), after="fc")(vector(), shift=1.0, double=True)',
         "TracingError",
-        "the argument 'double' steers what forward does, so surgery fixed it at its default False; "
+        "the argument 'double' steers what forward does, so surgery fixed it at False; "
         "got True\n"
         "  for example: insert_grl(model, ..., example_inputs={..., 'double': value}) keeps it an "
         "argument",

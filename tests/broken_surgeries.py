@@ -468,7 +468,7 @@ BROKEN = {
     "gradient zeroed": BrokenSurgery(with_layer(Zeroes), " -?0 times", {"upstream": LOST}),
     "gradient nan": BrokenSurgery(with_layer(GivesNan), "it is not finite", {"upstream": "it is not finite"}),
     "reversed twice in the layer": BrokenSurgery(
-        with_layer(ReversesTwice), "it does not multiply by -1", {"upstream": NOT_REVERSED}
+        with_layer(ReversesTwice), "not -1 times the one that enters", {"upstream": NOT_REVERSED}
     ),
     "one sample only": BrokenSurgery(
         with_layer(ReversesTheFirstSample), r" -0\.\d+ times", {"upstream": " .* times"}
@@ -480,7 +480,11 @@ BROKEN = {
         with_layer(Nudges), parameters=None, forward_identical=False
     ),
     "dropout in the layer": BrokenSurgery(
-        with_layer(DropsValues), "it does not multiply by -1", None, forward_identical=False, modes=("train",)
+        with_layer(DropsValues),
+        "not -1 times the one that enters",
+        None,
+        forward_identical=False,
+        modes=("train",),
     ),
     "random numbers shifted": BrokenSurgery(
         with_layer(DrawsANumber),

@@ -110,20 +110,94 @@ def test_a_head_of_the_users_own_may_overwrite_its_input():
     assert gs.verify_flip(m, model, x).ok
 
 
-def test_a_network_that_overwrites_the_feature_later_does_not_disturb_the_head():
-    class Overwrites(nn.Module):
+class Overwrites(nn.Module):
+    """``fc``, and then something that changes the memory of its value."""
+
+    def __init__(self, block=None):
+        super().__init__()
+        self.fc, self.out, self.block = nn.Linear(6, 6), nn.Linear(6, 2), block
+
+    def forward(self, x):
+        return self.out(self.block(self.fc(x)))
+
+
+class ByAView(Overwrites):
+    def forward(self, x):
+        h = self.fc(x)
+        h.view(-1).mul_(3.0)
+        return self.out(h)
+
+
+class Untraced(Overwrites):
+    def forward(self, x):
+        return self.out(self.block(self.fc(x))) if x.sum() > -1e9 else x
+
+
+class Tripled(nn.Module):
+    def forward(self, x):
+        return x.mul_(3.0) if x.sum() > -1e9 else x
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Overwrites(nn.ReLU(inplace=True)),
+        Overwrites(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(6, 6))),
+        Overwrites(nn.Sequential(nn.Identity(), nn.Sequential(nn.Dropout(0.0), nn.ReLU(inplace=True)))),
+        Overwrites(Tripled()),
+        ByAView(),
+        Untraced(nn.ReLU(inplace=True)),
+        Untraced(Tripled()),
+    ],
+    ids=lambda model: f"{type(model).__name__}-{type(model.block).__name__}",
+)
+def test_a_network_that_overwrites_the_feature_later_does_not_disturb_the_head(model):
+    m = attach(model, "fc", dropout=0.0).eval()
+    feature = model.fc(vector())
+    assert torch.equal(m(vector())[1], m.domain.classifier(feature))
+    expected = torch.autograd.grad(m.domain.classifier(feature).sum(), model.fc.weight)[0]
+    assert torch.equal(torch.autograd.grad(m(vector())[1].sum(), model.fc.weight)[0], -expected)
+    assert gs.verify_flip(m, model, vector()).ok
+
+
+def test_a_feature_that_nothing_overwrites_is_not_copied():
+    m = attach(Overwrites(nn.Sequential(nn.Linear(6, 6), nn.ReLU(inplace=True))), "fc")
+    assert "clone" not in m.code
+
+
+@pytest.mark.parametrize("kind", [Overwrites, Untraced])
+def test_a_head_and_a_reversal_at_one_point_do_not_cancel_in_either_order(kind):
+    model, x = kind(nn.Tanh()), vector()
+    reversed_first = attach(gs.insert_grl(model, after="fc"), "fc", dropout=0.0)
+    head_first = gs.insert_grl(attach(model, "fc", dropout=0.0), after="fc")
+    for m in (reversed_first, head_first):
+        task, logits = m(x)
+        found = [torch.autograd.grad(y.sum(), model.fc.weight, retain_graph=True)[0] for y in (task, logits)]
+        plain = [y.sum() for y in (model(x), m.domain.classifier(model.fc(x)))]
+        expected = [-torch.autograd.grad(y, model.fc.weight)[0] for y in plain]
+        assert all(map(torch.equal, found, expected))
+        assert gs.verify_flip(m, model, x).ok
+
+
+def test_shapes_come_from_a_real_forward_where_code_looks_at_values():
+    class Cuts(nn.Module):
         def __init__(self):
             super().__init__()
-            self.fc, self.out = nn.Linear(6, 6), nn.Linear(6, 2)
-            self.act = nn.ReLU(inplace=True)
+            self.norm, self.fc = nn.BatchNorm1d(6), nn.Linear(6, 2)
 
-        def forward(self, x):
-            return self.out(self.act(self.fc(x)))
+        @staticmethod
+        def longest(lengths):
+            return lengths.max().item()
 
-    model = Overwrites()
-    m = attach(model, "fc", dropout=0.0).eval()
-    assert torch.equal(m(vector())[1], m.domain.classifier(model.fc(vector())))
-    assert gs.verify_flip(m, model, vector()).ok
+        def forward(self, x, lengths):
+            return self.fc(self.norm(x)[: self.longest(lengths)])
+
+    model, inputs = Cuts(), (torch.randn(4, 6), torch.tensor([3, 2]))
+    m = attach(model, "norm", example_inputs=inputs)
+    assert int(model.norm.num_batches_tracked) == 0
+    assert [value.shape for value in m.eval()(*inputs)] == [(3, 2), (4, 2)]
+    with pytest.raises(gs.ShapeError, match=r"this Cuts does not run on inputs of 4x5, 2: .*running_mean"):
+        attach(model, "norm", example_inputs=(torch.randn(4, 5), inputs[1]))
 
 
 def test_a_head_that_ends_in_a_softmax_over_one_unit_fails_for_want_of_signal():
@@ -226,6 +300,25 @@ def test_an_untraceable_root_returns_its_output_and_the_logits():
     output, logits = m.eval()(image())
     assert torch.equal(output, gs.strip(m)(image()))
     assert logits.shape == (2, 2)
+
+
+def test_a_forward_around_a_network_with_a_head_keeps_its_logits(tmp_path):
+    class TakesApart(nn.Module):
+        def __init__(self, network):
+            super().__init__()
+            self.network = network
+
+        def forward(self, x):
+            logits, _ = self.network(x)
+            return logits.softmax(-1)
+
+    model = TakesApart(attach(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3)), "0"))
+    with pytest.raises(gs.SurgeryError, match=r"without the head 'network.domain', .* TakesApart fails"):
+        gs.verify_flip(model, example_inputs=vector())
+    with pytest.raises(gs.ExportError, match=r"export\(model.network, 'm.onnx'\)"):
+        gs.export(model, tmp_path / "m.onnx", vector())
+    assert list(tmp_path.iterdir()) == []
+    assert gs.verify_flip(model.network, example_inputs=vector()).ok
 
 
 def test_the_weights_of_a_head_follow_the_seed_and_leave_the_generators_alone():

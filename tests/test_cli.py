@@ -63,6 +63,14 @@ class Doubled(nn.Module):
         x = self.fc(x)
         return x + x
 
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+    def forward(self, x, mask=None):
+        x = self.fc(x)
+        return self.last(x if mask is None else x * mask)
+
 class Keeps(gs.GradientReversal):
     """A reversal that reverses nothing."""
     def forward(self, x):
@@ -83,6 +91,12 @@ def loops():
 
 def doubled():
     return Doubled(), torch.randn(3, 4)
+
+def masked():
+    return Masked(), (torch.randn(3, 4), torch.tensor([1.0, 0.0, 2.0, 1.0]))
+
+def unmasked():
+    return Masked(), torch.randn(3, 4)
 
 def interrupted():
     raise KeyboardInterrupt
@@ -504,9 +518,9 @@ def test_the_same_command_makes_the_same_network(
     made = []
     proper = networks_of_commands.splice
 
-    def splice(model: Any, *args: Any) -> Any:
-        made.append(model.first.weight.detach().clone())
-        return proper(model, *args)
+    def splice(loaded: Any, *args: Any) -> Any:
+        made.append(loaded.module.first.weight.detach().clone())
+        return proper(loaded, *args)
 
     monkeypatch.setattr(networks_of_commands, "splice", splice)
     for seed in ("0", "0", "1"):
@@ -514,6 +528,35 @@ def test_the_same_command_makes_the_same_network(
         command("verify", f"{networks}:net", "--after", "first", "--seed", seed)
     assert torch.equal(made[0], made[1])
     assert not torch.equal(made[0], made[2])
+
+
+@pytest.mark.parametrize("verb", ["insert", "verify", "graph", "strip"])
+def test_an_optional_argument_that_the_factory_passes_stays_an_argument(
+    verb: str, command: Command, networks: str
+) -> None:
+    assert command(verb, f"{networks}:masked", "--after", "mul").code == 0  # there with a mask only
+
+
+@pytest.mark.parametrize("file", ["masked.safetensors", "masked_code"])
+def test_a_file_runs_on_the_optional_argument_that_was_passed_when_it_was_cut(
+    file: str, command: Command, networks: str, tmp_path: Path
+) -> None:
+    path = str(tmp_path / file)
+    assert command("insert", f"{networks}:masked", "--after", "fc", "-o", path).code == 0
+    done = command("verify", path, "--model", f"{networks}:masked")
+    assert done.code == 0
+    assert "OK  2 of 2 upstream parameters flipped" in done.out
+
+
+def test_a_file_that_was_cut_without_an_argument_says_how_to_keep_it(
+    command: Command, networks: str, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "unmasked.safetensors")
+    assert command("insert", f"{networks}:unmasked", "--after", "fc", "-o", path).code == 0
+    assert command("verify", path, "--model", f"{networks}:unmasked").code == 0
+    done = command("verify", path, "--model", f"{networks}:masked")
+    assert (done.code, done.out) == (2, "")
+    assert "'grl-surgery insert' of a factory that returns (network, inputs), 'mask' among them," in done.err
 
 
 # --- strip and demo ---------------------------------------------------------------------------------
@@ -612,6 +655,16 @@ def test_an_interrupt_exits_with_130(command: Command, networks: str) -> None:
         (
             "export(m, 'a.pt2', example_inputs=(torch.randn(2, 3, 224, 224),))",
             "-o a.pt2 --input-size 3x224x224",
+        ),
+        (
+            "insert_grl(model, ..., example_inputs={..., 'mask': value}) keeps it an argument",
+            "'grl-surgery insert' of a factory that returns (network, inputs), 'mask' among them, "
+            "keeps it an argument",
+        ),
+        (
+            "insert_grl(model, ..., example_inputs=...) with values as forward will get them",
+            "'grl-surgery insert' of a factory that returns (network, inputs) "
+            "with values as forward will get them",
         ),
         ("load(no call of Python", "load(no call of Python"),
         ("load(no call of Python)", "load(no call of Python)"),

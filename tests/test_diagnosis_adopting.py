@@ -218,19 +218,6 @@ def test_an_adopted_layer_is_verified_like_ours() -> None:
     assert gs.verify_flip(adopted, example_inputs=(IMAGES,)).ok
 
 
-def test_a_layer_that_is_used_under_two_names_is_replaced_under_both() -> None:
-    model = Network(Layer())
-    model.again = model.reversal
-    adopted = adopt_unsurveyed(model, IMAGES).model
-    assert adopted.again is adopted.reversal
-    assert isinstance(adopted.again, AdoptedReversal)
-
-
-def test_a_network_that_is_a_reversal_is_replaced_itself() -> None:
-    adopted = adopt_unsurveyed(Layer(), IMAGES).model
-    assert adopted.alpha == 0.5
-
-
 class Inner(nn.Module):
     """Only this part can be traced."""
 
@@ -244,6 +231,34 @@ class Loops(Network):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return super().forward(x) if bool(x.sum() != 0) else super().forward(-x)
+
+
+class Calls(Network):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.features(x)
+        return self.classifier(features), self.domain(ReverseLayerF.apply(features, 1.0))
+
+
+@pytest.mark.parametrize("model", [Calls(), Loops()], ids=lambda model: type(model).__name__)
+def test_the_reference_of_a_proof_does_not_reverse_where_the_adopted_call_did(model: nn.Module) -> None:
+    adopted = adopt_unsurveyed(model, IMAGES).model
+    for layer in gs.reversals(adopted).values():
+        layer.set_coeff(1.0)
+    gs.verify_flip(adopted, example_inputs=(IMAGES,)).raise_if_failed()
+    assert len(gs.reversals(gs.insert_grl(adopted, after="classifier"))) == 2
+
+
+def test_a_layer_that_is_used_under_two_names_is_replaced_under_both() -> None:
+    model = Network(Layer())
+    model.again = model.reversal
+    adopted = adopt_unsurveyed(model, IMAGES).model
+    assert adopted.again is adopted.reversal
+    assert isinstance(adopted.again, AdoptedReversal)
+
+
+def test_a_network_that_is_a_reversal_is_replaced_itself() -> None:
+    adopted = adopt_unsurveyed(Layer(), IMAGES).model
+    assert adopted.alpha == 0.5
 
 
 def test_where_the_root_cannot_be_traced_the_part_with_the_call_is() -> None:

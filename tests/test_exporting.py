@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +99,206 @@ def in_a_fresh_process(code: str, *arguments: Any, isolated: bool = False) -> st
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+# ------------------------------------------------------------------------------------ what networks hold
+
+
+class Holds(nn.Module):
+    """A network with something in it, made by ``init`` and used by ``middle``."""
+
+    def __init__(
+        self, init: Callable[[Any], Any], middle: Callable[[Any, torch.Tensor], torch.Tensor]
+    ) -> None:
+        super().__init__()
+        self.a, self.c = nn.Linear(6, 6), nn.Linear(6, 6)
+        init(self)
+        self.__dict__["middle"] = middle
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c(self.middle(self, self.a(x)))
+
+
+def with_layer(layer: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    return lambda: Holds(lambda net: net.add_module("b", layer()), lambda net, x: net.b(x))
+
+
+def with_buffer(tensor: Callable[[], Any], persistent: bool = True) -> Callable[[], nn.Module]:
+    return lambda: Holds(
+        lambda net: net.register_buffer("t", tensor(), persistent), lambda net, x: (x * net.t).real
+    )
+
+
+def with_attribute(value: Callable[[], Any], read: Callable[[Any], Any] = lambda net: net.t) -> Any:
+    return lambda: Holds(lambda net: net.__dict__.update(t=value()), lambda net, x: x * read(net))
+
+
+def cached_result() -> nn.Module:
+    """As a forward leaves one behind; it is not read."""
+    return Holds(lambda net: setattr(net, "last", net.a.weight * 2), lambda net, x: x.relu())
+
+
+def infinite_tensor() -> nn.Module:
+    return Holds(
+        lambda net: setattr(net, "t", torch.tensor([0.1, float("inf")] * 3)),
+        lambda net, x: torch.minimum(x, net.t),
+    )
+
+
+def tied_by_a_view() -> nn.Module:
+    return Holds(lambda net: setattr(net.c, "weight", nn.Parameter(net.a.weight.data.t())), lambda net, x: x)
+
+
+HELD = {
+    "old weight_norm": with_layer(lambda: nn.utils.weight_norm(nn.Linear(6, 6))),
+    "old spectral_norm": with_layer(lambda: nn.utils.spectral_norm(nn.Linear(6, 6))),
+    "weight_norm": with_layer(lambda: nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))),
+    "spectral_norm": with_layer(lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6))),
+    "cached result": cached_result,
+    "plain tensor": with_attribute(lambda: torch.randn(6)),
+    "infinite tensor": infinite_tensor,
+    "list of tensors": with_attribute(lambda: [torch.randn(6)], lambda net: net.t[0]),
+    "tied by a view": tied_by_a_view,
+    "complex": with_buffer(lambda: torch.randn(6, dtype=torch.complex64)),
+    "complex, not saved": with_buffer(lambda: torch.randn(6, dtype=torch.complex64), persistent=False),
+    "bfloat16": with_buffer(lambda: torch.randn(6).bfloat16()),
+    "number": with_buffer(lambda: torch.tensor(3.5)),
+}
+
+
+def bits(m: nn.Module) -> list[torch.Tensor]:
+    """Output and gradients in eval mode; a network that keeps results cannot be copied for it."""
+    y = m.eval()(small_networks.vector())
+    parameters = [p for _, p in sorted(m.named_parameters())]
+    return [y, *torch.autograd.grad(y.square().sum(), parameters)]
+
+
+def made_by_its_code(folder: Path, network: nn.Module) -> nn.Module:
+    spec = importlib.util.spec_from_file_location("written", folder / "model.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.load(network)
+
+
+def read_again(path: Path, network: Callable[[], nn.Module]) -> nn.Module:
+    if path.is_dir():
+        return made_by_its_code(path, network())
+    return gs.load(path, model=None if path.suffix == ".pt2" else network)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("name", ["m.safetensors", "m.pt2", "folder"])
+@pytest.mark.parametrize("held", HELD)
+def test_what_a_network_holds_comes_back_with_the_same_bits(held: str, name: str, tmp_path: Path) -> None:
+    def network() -> nn.Module:
+        torch.manual_seed(0)
+        return HELD[held]()
+
+    m = gs.insert_grl(network(), after="a", coeff=0.3)
+    with torch.no_grad():
+        m.a.bias.add_(1)
+    path = gs.export(m.eval(), tmp_path / name, small_networks.vector())
+    assert_same_bits(bits(m), bits(read_again(path, network)))
+
+
+def test_a_network_that_keeps_results_is_written_as_onnx(tmp_path: Path) -> None:
+    assert gs.export(cached_result(), tmp_path / "m.onnx", small_networks.vector()).is_file()
+
+
+def test_conjugated_tensors_are_written_as_their_values(tmp_path: Path) -> None:
+    values = torch.randn(6, dtype=torch.complex64)
+    make = with_buffer(lambda: values.clone().conj())
+    again = gs.load(gs.export(gs.insert_grl(make(), after="a"), tmp_path / "m.safetensors"), model=make)
+    assert torch.equal(again.t, values.conj())
+
+
+NOT_WRITTEN: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
+    "sparse": (with_buffer(lambda: torch.eye(6).to_sparse()), "m.safetensors", "'t' is a .*sparse_coo"),
+    "meta": (with_buffer(lambda: torch.ones(6, device="meta")), "m.safetensors", "'t' is a .* device meta"),
+    "expanded": (
+        with_buffer(lambda: torch.ones(1).expand(6)),
+        "m.safetensors",
+        r"into 't'.*single memory location(.|\n)*register_buffer\('t'",
+    ),
+    "lock": (with_attribute(threading.Lock, lambda net: 2), "m.safetensors", "cannot be copied: .*lock"),
+    "gradient": (
+        with_attribute(lambda: torch.ones(6, requires_grad=True)),
+        "m.pt2",
+        r"reads 't', which requires a gradient and is no parameter(.|\n)*self.t = nn.Parameter",
+    ),
+    "result": (
+        with_attribute(lambda: torch.ones(6, requires_grad=True) * 2),
+        "m.safetensors",
+        "reads 't', which was computed once",
+    ),
+    "large": (
+        with_attribute(lambda: torch.randn(12, 1, 6)),
+        "folder",
+        r"reads 't', a tensor of shape \(12, 1, 6\)(.|\n)*self.register_buffer\('t'",
+    ),
+}
+
+
+@pytest.mark.parametrize("held", NOT_WRITTEN)
+def test_what_a_format_cannot_hold_is_refused_with_its_name(held: str, tmp_path: Path) -> None:
+    make, name, message = NOT_WRITTEN[held]
+    with pytest.raises(gs.ExportError, match=message):
+        gs.export(gs.insert_grl(make(), after="a"), tmp_path / name, small_networks.vector())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_network_with_other_values_outside_of_its_state_is_refused(tmp_path: Path) -> None:
+    make = with_attribute(lambda: torch.randn(6))
+    path = gs.export(gs.insert_grl(make(), after="a"), tmp_path / "m.safetensors")
+    with pytest.raises(gs.ExportError, match=r"reads 't', which is not in the state_dict.*other values"):
+        gs.load(path, model=make)
+
+
+def test_inputs_on_which_a_network_does_not_run_are_refused_with_its_error(tmp_path: Path) -> None:
+    m = gs.insert_grl(nn.Sequential(nn.Linear(6, 6), nn.Tanh()), after="0")
+    with pytest.raises(gs.ExportError, match=r"does not run on the example inputs: RuntimeError: .*shapes"):
+        gs.export(m, tmp_path / "folder", torch.randn(4, 99))
+
+
+@pytest.mark.parametrize("name", ["m.safetensors", "m.pt2", "folder"])
+def test_a_disabled_reversal_is_written_with_the_coefficient_to_come_back(name: str, tmp_path: Path) -> None:
+    def network() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+
+    m = gs.insert_grl(network(), after="0", coeff=0.3).eval()
+    with gs.reversal_disabled(m):
+        path = gs.export(m, tmp_path / name, small_networks.vector())
+        assert m.grl_0.coeff == -1
+    assert_same_bits(bits(m), bits(read_again(path, network)))
+
+
+class Scales(nn.Module):
+    """Holds a tensor that is no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.t, self.inner = torch.randn(6), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) * self.t
+
+
+@pytest.mark.parametrize(("make", "after"), [(Scales, "inner"), (lambda: nn.Sequential(Scales()), "0.inner")])
+def test_the_code_of_a_folder_keeps_the_values_of_a_tensor_that_is_no_buffer(
+    make: Callable[[], nn.Module], after: str, tmp_path: Path
+) -> None:
+    m = gs.insert_grl(make(), after=after).eval()
+    folder = gs.export(m, tmp_path / "folder", small_networks.vector())
+    assert_same_bits(bits(m), bits(made_by_its_code(folder, make())))
+
+
+def test_the_code_of_a_folder_freezes_what_was_frozen(tmp_path: Path) -> None:
+    m = gs.insert_grl(nn.Sequential(nn.Linear(6, 6), nn.Tanh()), after="0")
+    m.get_parameter("0.bias").requires_grad_(False)
+    folder = gs.export(m, tmp_path / "folder", small_networks.vector())
+    again = made_by_its_code(folder, nn.Sequential(nn.Linear(6, 6), nn.Tanh()))
+    assert [p.requires_grad for p in again.parameters()] == [True, False]
 
 
 # ------------------------------------------------------------------------------------------- checkpoints
@@ -676,3 +878,25 @@ def test_a_program_that_was_read_is_known_and_only_copied(tmp_path: Path) -> Non
         with pytest.raises(gs.ExportError, match="a program is complete"):
             gs.export(program, tmp_path / name, x)
     assert gs.reversals(gs.load(gs.export(program, tmp_path / "again.pt2", x)))
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_program_of_two_batches_takes_any_two_of_one_size(by_name: bool, tmp_path: Path) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(3, 8)
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return self.a(x) + self.b(y)
+
+    given: Any = {"x": torch.randn(2, 4), "y": torch.randn(2, 3)}
+    given = given if by_name else tuple(given.values())
+    m = gs.insert_grl(Two(), after="a", example_inputs=given)
+    program = gs.load(gs.export(m, tmp_path / "two.pt2", given))
+    x, y = torch.randn(5, 4), torch.randn(5, 3)
+    found = program(x=x, y=y) if by_name else program(x, y)
+    assert torch.equal(found, m(x, y))
+    assert gs.verify_flip(program).ok
+    with pytest.raises((AssertionError, RuntimeError)):
+        program(x=x, y=y[:3]) if by_name else program(x, y[:3])

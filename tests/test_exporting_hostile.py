@@ -304,10 +304,22 @@ PROGRAMS = {
         _replace("models/model.json", r'"expr_str": ?"[^"]*"', '"expr_str": "__import__(\'os\').getcwd()"'),
         r"has the size .__import__",
     ),
-    "guards that are code": (
-        _replace("models/model.json", r'"guards_code": ?\[\]', '"guards_code": ["print(1)"]'),
-        "has guards that are Python code",
-    ),
+    **{
+        f"the guard {guard}": (
+            _replace("models/model.json", r'"guards_code": ?\[\]', '"guards_code": ' + json.dumps([guard])),
+            "which is not run",
+        )
+        for guard in (
+            "print(1)",
+            "L['x'].size.__globals__",
+            "L['x'].size()[0] == 2  # it ends here",
+            "(lambda: L)()",
+            "L['x'].size(L['y'].size()[0])",
+            "2 ** 9 ** 9 == L",
+            "__import__('os')",
+            3,
+        )
+    },
     "no recipe": (_remove("extra/grl_surgery.json"), "so export did not write it"),
     "no program": (_remove("models/model.json"), "so export did not write it"),
     "another reversal": (

@@ -60,7 +60,7 @@ def test_an_argument_is_a_tensor_to_a_forward_that_asks(kind):
 
 def test_another_kind_of_argument_than_the_trace_assumed_is_refused():
     spliced = gs.insert_grl(AsksForATensor(), after="first")
-    with pytest.raises(gs.TracingError, match="value 'x' is, so surgery fixed it as a Tensor; got a list"):
+    with pytest.raises(gs.TracingError, match="surgery fixed it as a Tensor; got a list"):
         spliced([torch.randn(3, 4)])
 
 
@@ -73,20 +73,54 @@ def test_the_example_inputs_say_that_an_argument_is_a_list():
         spliced(torch.randn(3, 4))
 
 
+class Masks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x, mask=None):
+        x = self.a(x)
+        return self.b(x if mask is None else x * mask)
+
+
+class NeedsMask(Masks):
+    def forward(self, x, mask):
+        return super().forward(x, mask)
+
+
 def test_an_argument_that_one_surgery_kept_is_kept_by_the_next_and_by_strip():
-    class Optional(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
-
-        def forward(self, x, mask=None):
-            x = self.a(x)
-            return self.b(x if mask is None else x * mask)
-
-    model, inputs = Optional(), (torch.randn(3, 4), torch.rand(3, 4))
+    model, inputs = Masks(), (torch.randn(3, 4), torch.rand(3, 4))
     spliced = gs.insert_grl(gs.insert_grl(model, after="a", example_inputs=inputs), after="b")
     flips(spliced, model, inputs)
     flips(gs.strip(spliced, ["grl_b"]), model, inputs)
+
+
+@pytest.mark.parametrize("kind", [Masks, NeedsMask])
+@pytest.mark.parametrize("mask", [None, torch.rand(3, 4)], ids=["none", "mask"])
+def test_an_argument_that_the_example_inputs_fill_is_fixed_as_none_or_as_a_tensor(kind, mask):
+    model, x = kind(), torch.randn(3, 4)
+    spliced = gs.insert_grl(model, after="a", example_inputs=(x, mask))
+    for result in (spliced, gs.insert_grl(spliced, after="b")):
+        assert torch.equal(result(x, mask), model(x, mask))
+        other = x if mask is None else None
+        if kind is Masks or mask is None:
+            with pytest.raises(gs.TracingError, match=r"'mask' .*steers .* surgery fixed it"):
+                result(x, other)
+        if kind is Masks and mask is not None:
+            with pytest.raises(gs.TracingError, match="fixed it as a Tensor; got a NoneType"):
+                result(x)
+
+
+def test_graphs_and_heads_keep_the_arguments_that_the_example_inputs_fill():
+    model, inputs = Masks(), (torch.randn(3, 4), torch.rand(3, 4))
+    assert [(node.name, node.shape) for node in gs.graph(model, example_inputs=inputs).nodes][3:] == [
+        ("mul", (3, 4)),
+        ("b", (3, 4)),
+        ("output", (3, 4)),
+    ]
+    for given in (inputs, dict(zip(("x", "mask"), inputs, strict=True))):
+        m = gs.attach_domain_head(model, after="mul", example_inputs=given)
+        assert gs.verify_flip(m, model, given).ok
 
 
 def test_a_proof_knows_which_arguments_the_surgery_kept():

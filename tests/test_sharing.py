@@ -15,6 +15,7 @@ import torch
 from small_networks import Net, Shared, image
 from torch import nn
 
+from grl_surgery.reversal import GradientReversal, reversal_disabled
 from grl_surgery.sharing import COMPILED, exchange, share_copy, way_to
 
 
@@ -283,3 +284,15 @@ def test_a_copy_of_a_compiled_network_runs_its_own_forward():
     twin = share_copy(model).train()
     assert not torch.equal(twin(x), model(x))
     assert COMPILED not in twin.__dict__
+
+
+def test_a_copy_of_a_disabled_reversal_shares_the_coefficient_that_counts():
+    model = nn.Sequential(GradientReversal(0.5))
+    coefficient = model[0].coeff
+    with reversal_disabled(model):
+        twin = share_copy(model)
+        assert twin[0].coeff is coefficient
+        assert model[0].coeff.item() == -1
+    assert model[0].coeff is coefficient
+    with reversal_disabled(model):
+        assert repr(twin[0]) == "GradientReversal(coeff=0.5)"

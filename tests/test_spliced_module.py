@@ -1,8 +1,10 @@
 """What a result keeps of its original: names, calls, checkpoints, arguments, and what others do with it."""
 
 import copy
+import gc
 import inspect
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -483,3 +485,131 @@ def test_a_full_backward_hook_on_a_module_that_runs_as_it_is_stays_one(x: torch.
     model = Untraceable(Block(nn.Linear(6, 3)))
     model.block.register_full_backward_hook(lambda *_: None)
     assert gradients_seen(gs.insert_grl(model, after="block")) == [torch.Size([4, 6])]
+
+
+# ----------------------------------------------------------------------------------------------- moving
+
+
+class Buffers(nn.Module):
+    """Buffers with two names, of an integer, of nothing, a view and one that is not saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.norm = nn.Linear(6, 6), nn.BatchNorm1d(6)
+        self.register_buffer("mean", torch.ones(6))
+        self.register_buffer("tied", self.mean)
+        self.register_buffer("view", torch.ones(1).expand(6), persistent=False)
+        self.register_buffer("none", None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.fc(x)) + self.mean * self.tied + self.view + torch.ones(6).to(x)
+
+
+MOVES: dict[str, Any] = {
+    "double": lambda m: m.double(),
+    "half and back": lambda m: m.half().float(),
+    "to_empty": lambda m: m.to_empty(device="cpu"),
+    "share_memory": lambda m: m.share_memory(),
+    "apply": lambda m: m._apply(torch.clone),
+}
+
+
+@pytest.mark.parametrize("cuts", [["fc"], ["fc", "norm"]])
+@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
+def test_the_original_goes_where_the_result_is_moved(move: Any, cuts: list[str]):
+    model = Buffers()
+    spliced = model
+    for cut in cuts:
+        spliced = gs.insert_grl(spliced, after=cut)
+    constants = {id(b) for name, b in spliced.named_buffers() if name not in dict(model.named_buffers())}
+    assert move(spliced) is spliced
+    held = {**dict(spliced.named_parameters()), **dict(spliced.named_buffers())}
+    assert all(held[name] is tensor for name, tensor in (*model.named_parameters(), *model.named_buffers()))
+    assert model.tied is model.mean
+    assert constants <= {id(buffer) for buffer in spliced.buffers()}
+    assert all(a is b for a, b in zip(spliced.buffers(), spliced.grl_original.buffers(), strict=True))
+
+
+def test_both_compute_after_the_result_was_cast(x: torch.Tensor):
+    model = Buffers()
+    spliced = gs.insert_grl(model, after="fc").double()
+    assert gs.verify_flip(spliced, model, (x.double(),)).ok
+    assert gs.reversals(spliced)["grl_fc"].coeff.dtype == torch.float32
+
+
+def test_the_original_of_what_goes_to_meta_stays_where_it_is(x: torch.Tensor):
+    model = Buffers()
+    spliced = gs.insert_grl(model, after="fc").to("meta")
+    assert spliced(x.to("meta")).device.type == "meta"
+    assert model(x).device.type == "cpu"
+
+
+def test_where_torch_is_told_to_replace_parameters_the_original_keeps_all_it_has(x: torch.Tensor):
+    model = Buffers()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        spliced = gs.insert_grl(model, after="fc").double()
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+    assert spliced(x.double()).dtype == torch.float64
+    assert model(x).dtype == torch.float32
+
+
+# ----------------------------------------------------------------------------------------------- graphs
+
+
+class Steered(Net):
+    def forward(self, x: torch.Tensor, twice: bool = False) -> torch.Tensor:
+        x = self.a(x) * 2 if self.training else self.a(x)
+        return self.c(x * 2 if twice else x)
+
+
+def test_dead_code_can_be_taken_out_of_the_graph_of_each_mode(x: torch.Tensor):
+    model = Steered()
+    spliced = gs.insert_grl(model, after="a")
+    for network in (spliced, copy.deepcopy(spliced), copy.copy(spliced), pickle.loads(pickle.dumps(spliced))):
+        for mode in (True, False):
+            network.train(mode)
+            dead = network.graph.call_module("c", (next(iter(network.graph.nodes)),))
+            network.graph.eliminate_dead_code()
+            assert dead not in network.graph.nodes
+            network.graph.lint()
+            network.recompile()
+            assert is_flipped(network, model.train(mode), x, "a.weight")
+            with pytest.raises(gs.TracingError, match="the argument 'twice'"):
+                network(x, True)
+
+
+def test_a_graph_does_not_keep_its_network_alive():
+    spliced = gs.insert_grl(Net(), after="a")
+    graph, alive = spliced.graph, weakref.ref(spliced)
+    assert graph.owning_module.get_submodule("a") is spliced.a
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        del spliced
+        assert alive() is None
+    finally:
+        if collecting:
+            gc.enable()
+    assert graph.owning_module is None
+
+
+def test_a_name_that_no_code_can_spell_sends_surgery_into_the_modules():
+    class Quoted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.by = nn.ModuleDict(
+                {'5" gauge': nn.Linear(4, 4), "b": nn.Sequential(nn.Linear(4, 4), nn.Tanh())}
+            )
+
+        def forward(self, x):
+            for layer in self.by.values():
+                x = layer(x)
+            return x
+
+    model, x = Quoted(), torch.randn(3, 4)
+    for point in ("by.b", "by.b.0", 'by.5" gauge'):
+        assert gs.verify_flip(gs.insert_grl(model, after=point), model, x).ok
+    with pytest.raises(gs.TracingError, match="cannot stand in the code"):
+        gs.insert_grl(model, edge=('by.5" gauge', "by.b"))

@@ -441,10 +441,91 @@ def test_a_tensor_made_by_the_forward_moves_with_the_network_and_is_no_state():
     model = Constants().double()
     spliced = gs.insert_grl(model, after="fc")
     assert list(spliced.state_dict()) == list(model.state_dict())
-    assert all(buffer.device.type == "meta" for buffer in copy.deepcopy(spliced).to("meta").buffers())
+    moved = dict(copy.deepcopy(spliced).to("meta").named_buffers())
+    assert moved.pop("grl_fc.coeff").device.type == "cpu"
+    assert moved
+    assert all(buffer.device.type == "meta" for buffer in moved.values())
     calls = float(model.calls)
     spliced(vector().double())
     assert float(spliced.calls) == calls + 1
+
+
+def sequential():
+    return nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2))
+
+
+def test_surgery_on_a_disabled_network_keeps_the_coefficients_and_is_not_disabled():
+    model, x = sequential(), vector()
+    plain = gradients(model, x)["0.weight"]
+    spliced = gs.insert_grl(model, after="1", coeff=0.5)
+    with gs.reversal_disabled(spliced):
+        twice = gs.insert_grl(spliced, after="2", coeff=0.25)
+        made = {
+            "copied": copy.copy(spliced),
+            "stripped": gs.strip(twice, "grl_2"),
+            "attached": gs.attach_domain_head(spliced, after="0", example_inputs=(x,)),
+        }
+        assert torch.equal(gradients(spliced, x)["0.weight"], plain)
+        assert torch.equal(gradients(twice, x)["0.weight"], plain * 0.125)
+        assert torch.equal(gradients(made["copied"], x)["0.weight"], plain * -0.5)
+    for network in (spliced, *made.values()):
+        assert gs.reversals(network)["grl_1"].coeff is gs.reversals(spliced)["grl_1"].coeff
+    assert torch.equal(gradients(made["stripped"], x)["0.weight"], plain * -0.5)
+    assert gs.verify_flip(made["attached"], model, (x,)).ok
+
+
+def test_a_program_written_while_disabled_reverses(tmp_path):
+    model, x = sequential(), vector()
+    spliced = gs.insert_grl(model, after="1", coeff=0.5)
+    with gs.reversal_disabled(spliced):
+        gs.export(spliced, tmp_path / "m.pt2", example_inputs=(x,))
+    found = gradients(gs.load(tmp_path / "m.pt2"), x)["0.weight"]
+    assert torch.equal(found, gradients(model, x)["0.weight"] * -0.5)
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {},
+        {"condition_on": "2", "condition": "randomized"},
+        {"classifier": nn.Linear(6, 2)},
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_head_goes_where_the_network_is_and_not_to_the_default_device(keywords, device):
+    model, x = sequential().to(device), vector().to(device)
+
+    def attached():
+        torch.manual_seed(0)
+        return gs.attach_domain_head(model, after="1", example_inputs=(x,), **copy.deepcopy(keywords))
+
+    expected = attached()
+    with torch.device("meta"):
+        found = attached()
+    for ours, theirs in zip(expected.state_dict().values(), found.state_dict().values(), strict=True):
+        assert ours.device.type == theirs.device.type == device
+        assert device == "meta" or torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("make", "point"), [(sequential, "1"), (Untraceable, "body.stage1")])
+def test_a_reversal_has_a_coefficient_whatever_the_default_device_is(make, point):
+    model = make()
+    with torch.device("meta"):
+        spliced = gs.insert_grl(model, after=point, coeff=0.5)
+        gs.insert_grl(spliced, after=point)
+        gs.strip(spliced)
+    (layer,) = gs.reversals(spliced).values()
+    assert torch.equal(layer.coeff, torch.tensor(0.5))
+    assert {tensor.device.type for tensor in (*spliced.parameters(), *spliced.buffers())} == {"cpu"}
+
+
+def test_a_network_made_on_meta_reverses_once_it_is_loaded():
+    plain, x = sequential(), vector()
+    with torch.device("meta"):
+        model = sequential()
+    spliced = gs.insert_grl(model, after="1", coeff=0.5).to_empty(device="cpu")
+    spliced.load_state_dict(plain.state_dict())
+    assert torch.equal(gradients(spliced, x)["0.weight"], gradients(plain, x)["0.weight"] * -0.5)
 
 
 # --------------------------------------------------------------------------------------- forward's arguments

@@ -8,7 +8,13 @@ import math
 import pytest
 import torch
 from small_networks import Modes, Net, Untraceable, image, vector
-from torch import nn
+from torch import nn, ones
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+    register_module_full_backward_hook,
+    register_module_full_backward_pre_hook,
+)
 from torch.utils.checkpoint import checkpoint
 
 import grl_surgery as gs
@@ -159,3 +165,174 @@ def test_a_tensor_as_a_default_stays_what_it_is():
     with pytest.raises(gs.TracingError, match="the default of its argument 'scale' is a tensor"):
         gs.insert_grl(model, before="fc")
     assert torch.equal(gs.insert_grl(model, after="fc")(vector()), model(vector()))
+
+
+# ------------------------------------------------------------------------- tensors made of traced sizes
+
+
+class Makes(nn.Module):
+    """Adds a tensor that it makes for the value between its layers."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.a, self.b, self.make = nn.Linear(6, 5), nn.Linear(5, 2), make
+        self.plain = torch.arange(50.0)
+
+    def forward(self, x):
+        h = self.a(x)
+        return self.b(h + self.make(self, h))
+
+
+def masked(module, h):
+    length = h.size(0)
+    return (h @ h.T).masked_fill(torch.triu(ones(length, length), 1).bool(), 0.0) @ h
+
+
+MADE = {
+    "ones": lambda m, h: torch.ones(h.size(0), h.size(1)),
+    "zeros": lambda m, h: torch.zeros(h.size(0), 5, dtype=torch.float64, device=h.device).float(),
+    "zeros of a shape": lambda m, h: torch.zeros(h.shape) + torch.zeros(size=h.shape),
+    "empty": lambda m, h: torch.empty(h.size(0), 5).fill_(2.0),
+    "rand": lambda m, h: torch.rand(h.size(0), 5) < 0.5,
+    "randn": lambda m, h: torch.randn(h.size(0), 5),
+    "full": lambda m, h: torch.full((h.size(0), 1), 2.0),
+    "full of a size": lambda m, h: torch.full((1,), h.size(0)),
+    "arange": lambda m, h: torch.arange(h.size(0))[:, None],
+    "linspace": lambda m, h: torch.linspace(0, 1, h.size(0))[:, None],
+    "eye": lambda m, h: torch.eye(h.size(0), 5),
+    "new_zeros": lambda m, h: h.new_zeros(h.size(0), 5),
+    "scalar_tensor": lambda m, h: torch.scalar_tensor(h.size(0)),
+    "as_tensor": lambda m, h: torch.as_tensor(h.size(0)),
+    "asarray": lambda m, h: torch.asarray(h.size(0)),
+    "tensor": lambda m, h: torch.tensor(h.size(0)),
+    "tensor of several": lambda m, h: torch.tensor([[h.size(0)], [1]], dtype=torch.float64).float().sum(),
+    "a part": lambda m, h: m.plain[: h.size(0), None],
+    "imported": masked,
+}
+
+
+@pytest.mark.parametrize("make", MADE.values(), ids=MADE)
+def test_a_tensor_made_of_sizes_follows_the_input(make):
+    model = Makes(make)
+    spliced = gs.insert_grl(model, before="b")
+    for rows in (4, 7):
+        x = torch.randn(rows, 6)
+        results, slopes = [], []
+        for net in (model, spliced):
+            torch.manual_seed(rows)
+            results.append(net(x))
+            slopes.append(torch.autograd.grad(results[-1].sum(), net.a.weight)[0])
+        assert torch.equal(*results)
+        assert torch.equal(slopes[0], -slopes[1])
+
+
+def test_where_tensors_are_made_torch_is_as_it_was_afterwards():
+    before = (torch, ones, torch.ones, torch.tensor)
+    trace(Makes(masked), [])
+    with pytest.raises(gs.TracingError):
+        trace(Makes(lambda m, h: torch.ones(*h.shape)), [])
+    assert (globals()["torch"], ones, torch.ones, torch.tensor) == before
+
+
+def test_a_shape_that_is_spread_out_is_refused_with_what_can_be_traced():
+    with pytest.raises(gs.TracingError, match=r"torch.zeros\(x.shape\), can be traced, \*x.shape cannot"):
+        gs.insert_grl(Makes(lambda m, h: torch.zeros(*h.shape)), before="b")
+
+
+def test_a_generator_of_its_own_is_refused():
+    def draw(module, h):
+        return torch.rand(h.size(0), 5, generator=torch.Generator())
+
+    with pytest.raises(gs.TracingError, match=r"draws from a torch.Generator"):
+        gs.insert_grl(Makes(draw), before="b")
+
+
+# ------------------------------------------------------------------------------------- defaults
+
+
+def with_default(default, use):
+    class Optional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, x, opts=default):
+            return self.b(self.a(x)) * use(opts)
+
+    return Optional()
+
+
+@pytest.mark.parametrize(
+    ("default", "use", "other"),
+    [
+        ({}, lambda opts: opts.get("k", 1), {"k": 5}),
+        ({"k": [2, 3]}, lambda opts: opts["k"][1], {"k": [2, 4]}),
+        ([1, 2], lambda opts: opts[1], [1, 2.5]),
+        ([True], lambda opts: 3 if opts[0] is True else 4, [1]),
+    ],
+)
+def test_a_default_that_could_be_changed_is_fixed_as_others_are(default, use, other):
+    model = with_default(default, use)
+    spliced = gs.insert_grl(model, edge=("a", "b"))
+    x = vector()
+    assert torch.equal(spliced(x), model(x))
+    assert torch.equal(spliced(x, opts=type(default)(default)), model(x))
+    assert gs.graph(model, example_inputs=x)
+    with pytest.raises(gs.TracingError, match="the argument 'opts' steers what forward does"):
+        spliced(x, opts=other)
+
+
+def count(opts):
+    opts["n"] = opts.get("n", 0) + 1
+    return opts["n"]
+
+
+def test_a_default_that_the_forward_changes_is_refused_and_put_back():
+    kept = {}
+    model = with_default(kept, count)
+    with pytest.raises(gs.TracingError, match="it changes 'opts'"):
+        gs.insert_grl(model, edge=("a", "b"))
+    assert kept == {}
+
+
+@pytest.mark.parametrize(
+    "default", [{1, 2}, {"scale": torch.ones(2)}, len], ids=["set", "tensor", "function"]
+)
+def test_a_default_that_no_code_can_spell_is_named(default):
+    with pytest.raises(gs.TracingError, match=r"argument 'opts' is a \w+ that a graph cannot"):
+        gs.insert_grl(with_default(default, lambda opts: 1), edge=("a", "b"))
+
+
+# ------------------------------------------------------------------------------------- hooks on every module
+
+REGISTER = {
+    "forward": register_module_forward_hook,
+    "forward pre": register_module_forward_pre_hook,
+    "backward": register_module_full_backward_hook,
+    "backward pre": register_module_full_backward_pre_hook,
+}
+
+
+@pytest.mark.parametrize("register", REGISTER.values(), ids=REGISTER)
+def test_a_hook_on_every_module_is_not_lost_where_one_would_be_traced_through(register):
+    model = nn.Sequential(nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 6), nn.Tanh()), nn.Linear(6, 2))
+    handle = register(lambda *_: None)
+    try:
+        for where in ({"after": "1.0"}, {"edge": ("1.0", "1.1")}):
+            with pytest.raises(gs.SurgeryError, match=r"hooks run around every module.*'1' would be"):
+                gs.insert_grl(model, **where)
+    finally:
+        handle.remove()
+    assert gs.verify_flip(gs.insert_grl(model, after="1.0"), model, vector()).ok
+
+
+def test_a_hook_on_every_module_runs_around_what_stays_a_call():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 6), nn.Tanh()), nn.Linear(6, 2))
+    handle = register_module_forward_hook(lambda module, _, y: y * 2 if type(module) is nn.Tanh else None)
+    try:
+        spliced, x = gs.insert_grl(model, after="0"), vector()
+        assert torch.equal(spliced(x), model(x))
+        doubled = model[2](2 * model[1][0](model[0](x)).tanh())
+        assert torch.equal(spliced(x), doubled)
+    finally:
+        handle.remove()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import random
+import subprocess
+import sys
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -92,17 +94,18 @@ def test_a_network_without_a_reversal_fails():
     assert report.problems == ("there is no reversal in this network",)
 
 
+class Adversarial(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.features, self.label, self.domain = (nn.Linear(6, 6) for _ in range(3))
+        self.grl = gs.GradientReversal(0.5)
+
+    def forward(self, x):
+        x = torch.tanh(self.features(x))
+        return self.label(x), self.domain(self.grl(x))
+
+
 def test_a_reversal_that_the_user_wrote_into_the_network_is_proved_against_hooks():
-    class Adversarial(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.features, self.label, self.domain = (nn.Linear(6, 6) for _ in range(3))
-            self.grl = gs.GradientReversal(0.5)
-
-        def forward(self, x):
-            x = torch.tanh(self.features(x))
-            return self.label(x), self.domain(self.grl(x))
-
     report = gs.verify_flip(Adversarial(), example_inputs=vector())
     assert report.ok
     assert kinds(report, "mixed") == ["features.weight", "features.bias"]
@@ -662,13 +665,16 @@ def test_a_gradient_that_is_rounded_in_another_order_is_compared_with_hooks_that
 # ---------------------------------------------------------------------------------- reversals that cancel
 
 
+def two_layers():
+    return nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 2))
+
+
 def in_the_network(first, second):
     return nn.Sequential(nn.Linear(6, 8), first, second, nn.Linear(8, 2))
 
 
 def spliced_twice():
-    network = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 2))
-    return gs.insert_grl(gs.insert_grl(network, after="0"), before="1")
+    return gs.insert_grl(gs.insert_grl(two_layers(), after="0"), before="1")
 
 
 ONE = gs.GradientReversal()
@@ -690,3 +696,179 @@ def test_three_reversals_in_a_row_are_one():
         nn.Sequential(gs.GradientReversal(), gs.GradientReversal()), gs.GradientReversal()
     )
     assert gs.verify_flip(network, example_inputs=torch.randn(4, 6)).ok
+
+
+# ----------------------------------------------------------------------------- reversals that reverse nothing
+
+
+def verdict_on(network, reference=None):
+    report = gs.verify_flip(network, reference, torch.randn(4, 6))
+    return report.problems, [row.note for row in report.reversals]
+
+
+class Cuts(nn.Module):
+    """Its reversal is not where gradients pass, or has nothing to reverse."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.first, self.grl, self.fc, self.way = nn.Linear(6, 6), gs.GradientReversal(), nn.Linear(6, 2), way
+
+    def forward(self, x):
+        if self.way == "no grad":
+            with torch.no_grad():
+                return self.fc(self.grl(self.first(x)))
+        if self.way == "detached before":
+            return self.fc(self.grl(self.first(x).detach()))
+        if self.way == "detached behind":
+            return self.fc(self.grl(self.first(x)).detach())
+        if self.way == "without parameters":
+            return self.fc(self.first(x) + self.grl(x.requires_grad_()))
+        if self.way == "times zero":
+            return self.fc(self.grl(self.first(x) * 0))
+        return self.fc(self.first(x))  # another path
+
+
+@pytest.mark.parametrize("way", ["detached before", "detached behind", "without parameters", "another path"])
+def test_a_reversal_that_no_gradient_reaches_is_named_with_the_likely_reasons(way):
+    (problem,), notes = verdict_on(Cuts(way))
+    assert problem.startswith("no gradient reaches grl: ")
+    assert all(reason in problem for reason in ("no_grad", "detach", "path", "no parameter"))
+    assert notes == ["no gradient reaches it"]
+
+
+@pytest.mark.parametrize("way", ["no grad", "times zero"])
+def test_a_single_reversal_does_not_cancel(way):
+    (problem,), _ = verdict_on(Cuts(way))
+    assert problem == "no parameter upstream of a reversal receives a gradient, so nothing is proved"
+
+
+def test_reversals_that_cancel_are_told_from_one_that_no_gradient_reaches():
+    class Both(Cuts):
+        def __init__(self):
+            super().__init__("another path")
+            self.more = nn.Sequential(gs.GradientReversal(), gs.GradientReversal())
+
+        def forward(self, x):
+            return self.more(super().forward(x))
+
+    (problem,), notes = verdict_on(Both())
+    assert problem == "no parameter's gradient is reversed: reversals that follow one another cancel"
+    assert sorted(notes) == ["", "", "no gradient reaches it"]
+
+
+@pytest.mark.parametrize("coeff", [-1.0, -0.5, float("inf"), float("nan")])
+def test_a_coefficient_that_is_none_is_named(coeff):
+    spliced = gs.insert_grl(two_layers(), after="0")
+    spliced.get_submodule("grl_0").coeff.fill_(coeff)
+    report = gs.verify_flip(spliced, example_inputs=torch.randn(4, 6))
+    assert not kinds(report, "flipped")
+    assert report.failures[0] == (
+        f"reversal grl_0 (after 0): its coefficient is {coeff:g}; it must be finite and not negative"
+    )
+
+
+@pytest.mark.parametrize("coeff", [0.0, 0.3, 1e30])
+def test_every_other_coefficient_can_be_proved(coeff):
+    model = two_layers()
+    assert gs.verify_flip(gs.insert_grl(model, after="0", coeff=coeff), model, torch.randn(4, 6)).ok
+
+
+@pytest.mark.parametrize("network", [gs.insert_grl(two_layers(), after="0"), Adversarial()])
+def test_nothing_is_flipped_while_reversals_are_disabled(network):
+    x = torch.randn(4, 6)
+    with gs.reversal_disabled(network):
+        report = gs.verify_flip(network, example_inputs=x)
+    assert [row.note for row in report.reversals] == ["it is disabled at the moment, by reversal_disabled"]
+    assert not kinds(report, "flipped") + kinds(report, "mixed")
+    assert gs.verify_flip(network, example_inputs=x).ok
+
+
+# -------------------------------------------------------------------------- tensors of a class of their own
+
+
+class Marked(torch.Tensor):
+    """Every operation gives another one, by way of a view that autograd records."""
+
+
+class Marks(nn.Module):
+    def forward(self, x):
+        return x.as_subclass(Marked)
+
+
+@pytest.mark.parametrize("coeff", [1.0, 0.3])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_a_subclass_of_tensor_can_be_what_goes_in(coeff, requires_grad):
+    model, x = two_layers(), torch.randn(4, 6).as_subclass(Marked).requires_grad_(requires_grad)
+    gs.verify_flip(gs.insert_grl(model, after="0", coeff=coeff), model, x).raise_if_failed()
+
+
+def test_a_subclass_of_tensor_can_be_made_on_the_way():
+    model = nn.Sequential(nn.Linear(6, 6), Marks(), nn.Tanh(), nn.Linear(6, 2))
+    for point in "012":
+        gs.verify_flip(gs.insert_grl(model, after=point), model, torch.randn(4, 6)).raise_if_failed()
+
+
+def test_with_a_subclass_of_tensor_a_sign_that_is_kept_is_seen():
+    class KeepsTheSign(gs.GradientReversal):
+        def forward(self, x):
+            return x * 1.0
+
+    model = two_layers()
+    spliced = gs.insert_grl(model, after="0")
+    spliced.grl_0 = KeepsTheSign()
+    report = gs.verify_flip(spliced, model, torch.randn(4, 6).as_subclass(Marked))
+    assert "it is 1 times as large" in report.reversals[0].note
+
+
+def test_a_reversal_can_be_called_by_keyword():
+    class ByKeyword(Adversarial):
+        def forward(self, x):
+            x = torch.tanh(self.features(x))
+            return self.label(x), self.domain(self.grl(x=x))
+
+    gs.verify_flip(ByKeyword(), example_inputs=vector()).raise_if_failed()
+
+
+# -------------------------------------------------------------------------------- references with reversals
+
+
+def inner():
+    return gs.insert_grl(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), after="0")
+
+
+@pytest.mark.parametrize("after", ["0", "1", "2"])
+def test_what_was_spliced_before_can_be_the_reference(after):
+    big = nn.Sequential(nn.Linear(6, 6), inner(), nn.Linear(6, 2))
+    spliced = gs.insert_grl(big, after=after)
+    reports = [gs.verify_flip(spliced, reference, vector()) for reference in (None, big, spliced)]
+    assert reports[0].ok
+    assert reports[0] == reports[1] == reports[2]
+
+
+def test_a_network_with_a_head_can_be_the_reference():
+    model = two_layers()
+    first = gs.attach_domain_head(model, after="0", example_inputs=torch.randn(4, 6))
+    second = gs.insert_grl(first, after="1")
+    report = gs.verify_flip(second, first, torch.randn(4, 6)).raise_if_failed()
+    assert report.network == "Sequential"
+
+
+def test_a_spliced_reference_must_still_be_the_same_network():
+    with pytest.raises(gs.SurgeryError, match="another network: the model has no parameter"):
+        gs.verify_flip(gs.insert_grl(Net(), after="stem"), inner(), image())
+
+
+# --------------------------------------------------------------------------------------- a process of its own
+
+
+def test_printing_a_report_for_the_first_time_draws_no_random_number():
+    program = """
+import random, sys
+from grl_surgery.flip_report import FlipReport
+assert "rich.style" not in sys.modules
+state = random.getstate()
+str(FlipReport((), (), True, "train"))
+assert "rich.style" in sys.modules
+assert random.getstate() == state
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

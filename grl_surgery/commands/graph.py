@@ -119,7 +119,7 @@ def print_graph(
     loaded = load(model, pretrained, checkpoint, input_size, batch, made_from=made_from)
     if after or before or edge:
         check_can_be_cut(loaded)
-        loaded = replace(loaded, module=splice(loaded.module, after, before, edge, 1.0))
+        loaded = replace(loaded, module=splice(loaded, after, before, edge, 1.0))
     if train is not None:
         loaded.module.train(train)
     if open_in:

@@ -60,7 +60,7 @@ def insert(
     loaded = load(model, pretrained, checkpoint, input_size, batch, made_from=made_from)
     check_can_be_cut(loaded)
     with working("Splicing"):
-        spliced = splice(loaded.module, after, before, edge, coeff)
+        spliced = splice(loaded, after, before, edge, coeff)
     if dry_run:
         _print_diff(spliced)
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from dataclasses import replace
@@ -121,13 +122,13 @@ def _parse_size(text: str) -> tuple[int, ...]:
 
 
 def splice(
-    model: nn.Module,
+    loaded: LoadedModel,
     after: list[str] | None,
     before: list[str] | None,
     edge: list[str] | None,
     coeff: float,
 ) -> nn.Module:
-    """The model with a reversal at every place named; insert_grl takes one kind of place at a time."""
+    """The network with a reversal at every place named; insert_grl takes one kind of place at a time."""
     from grl_surgery.splicing import insert_grl
 
     if not (after or before or edge):
@@ -135,34 +136,36 @@ def splice(
             "nothing says where: give --after, --before or --edge",
             example="--after layer3 ('grl-surgery graph MODEL' lists the points)",
         )
+    insert = functools.partial(insert_grl, coeff=coeff, example_inputs=loaded.example_inputs)
+    model = loaded.module
     if after:
-        model = insert_grl(model, after=after, coeff=coeff)
+        model = insert(model, after=after)
     if before:
-        model = insert_grl(model, before=before, coeff=coeff)
+        model = insert(model, before=before)
     if edge:
-        model = insert_grl(model, edge=[parse_edge(line) for line in edge], coeff=coeff)
+        model = insert(model, edge=[parse_edge(line) for line in edge])
     return model
 
 
 def spliced_or_as_it_is(
-    model: nn.Module,
+    loaded: LoadedModel,
     after: list[str] | None,
     before: list[str] | None,
     edge: list[str] | None,
     coeff: float | None,
 ) -> nn.Module:
-    """As ``splice``, but a model that has reversals of its own needs no place named."""
+    """As ``splice``, but a network that has reversals of its own needs no place named."""
     from grl_surgery.splicing import reversals
 
-    if not (after or before or edge) and reversals(model):
+    if not (after or before or edge) and reversals(loaded.module):
         if coeff is not None:
             raise SurgeryError(
                 "--coeff is of a reversal to be spliced in, and those that are here have their own: "
                 "name a place, or leave out --coeff",
                 example=f"--after layer3 --coeff {coeff:g}",
             )
-        return model
-    return splice(model, after, before, edge, 1.0 if coeff is None else coeff)
+        return loaded.module
+    return splice(loaded, after, before, edge, 1.0 if coeff is None else coeff)
 
 
 INPUTS = "--input-size 3x64x64; or a factory that returns (network, (torch.randn(2, 3, 64, 64),))"
@@ -172,14 +175,17 @@ def run(loaded: LoadedModel, model: nn.Module) -> Any:
     """Outputs of one forward in the model's present mode, from the same random numbers every time."""
     import torch
 
-    from grl_surgery.loading.inputs import does_not_run
+    from grl_surgery.loading.inputs import as_arguments, does_not_run
 
     if loaded.example_inputs is None:
         raise SurgeryError(f"nothing says what inputs {loaded.source} takes", example=INPUTS)
+    args, kwargs = as_arguments(loaded.example_inputs)
     torch.manual_seed(0)
     try:
         with torch.no_grad():
-            return model(*loaded.example_inputs)
+            return model(*args, **kwargs)
+    except SurgeryError:  # it says itself what would run
+        raise
     except Exception as error:  # the network is the user's: anything can come out of it
         what = does_not_run(str(loaded.source), loaded.example_inputs, error)
         raise SurgeryError(what, example=INPUTS) from error

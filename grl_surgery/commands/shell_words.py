@@ -18,6 +18,7 @@ _PYTHON = re.compile(
     rf"|(?P<edge>edge=)?(?:grl_surgery\.)?\bEdge\((?P<parts>{_STRING}, {_STRING}, {_STRING})\)"
     rf"|\bedge=\((?P<pair>{_STRING}, {_STRING})\)"
     rf"|(?P<call>(?P<library>grl_surgery\.)?\b(?:export|load){_NESTED})"
+    r"|insert_grl\(model, \.\.\., example_inputs=(?P<inputs>\.\.\.|\{\.\.\., '(?P<kept>\w+)': [^}]*\})\)"
     rf"|[\w.]+{_NESTED}"
     rf"|\b(?P<option>after|before|edge|name|depth|coeff)=(?P<value>\[[^\]]*\]|{_STRING}|[\d.]+)"
     r"|(?P<flag>\b(?:purpose='inference'|dynamic=False))"
@@ -46,6 +47,9 @@ def _translated(match: re.Match[str]) -> str:
         return "--edge " + shlex.quote(" -> ".join(_strings(match["pair"])))
     if match["call"]:
         return _call(match["call"], bool(match["library"]))
+    if match["inputs"]:
+        among = f", {match['kept']!r} among them," if match["kept"] else ""
+        return f"'{NAME} insert' of a factory that returns (network, inputs){among}"
     if match["option"]:
         values = _strings(match["value"]) or [match["value"]]
         return " ".join(f"--{match['option']} {shlex.quote(value)}" for value in values)

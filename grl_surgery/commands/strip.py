@@ -72,7 +72,7 @@ def strip(
             write(stripped, output, loaded)
         return
     with working("Splicing and stripping"):
-        stripped = take_out(splice(loaded.module, after, before, edge, 1.0))
+        stripped = take_out(splice(loaded, after, before, edge, 1.0))
         checks = _compare(loaded, stripped)
     _print_checks(checks)
     if output is not None:

@@ -78,7 +78,7 @@ def verify(
     if after or before or edge:
         check_can_be_cut(loaded)
     with working("Splicing"):
-        spliced = spliced_or_as_it_is(loaded.module, after, before, edge, coeff)
+        spliced = spliced_or_as_it_is(loaded, after, before, edge, coeff)
     reports = [_verify(loaded, spliced, one, seed) for one in modes]
     ok = all(report.ok for report in reports)
     if html is not None:

@@ -52,7 +52,7 @@ class AdoptedReversal(GradientReversal):
     def forward(self, x: Tensor, coeff: float | Tensor | None = None) -> Tensor:
         """Returns `x`; a coefficient that is passed counts more than the layer's own, as it did before."""
         if coeff is None or self._suspended is not None:
-            return reverse_gradient(x, self.coeff)
+            return reverse_gradient(x, self._held())
         return reverse_gradient(x, coeff)
 
     def __getattr__(self, name: str) -> Any:

@@ -19,11 +19,12 @@ from grl_surgery.doctor.verdicts import Finding
 from grl_surgery.doctor.warm_starts import rising
 from grl_surgery.errors import FlipError, SurgeryError, TracingError
 from grl_surgery.function_calls import FunctionCall
+from grl_surgery.model_graph import arguments_kept
 from grl_surgery.points import escape
 from grl_surgery.schedules import Schedule
 from grl_surgery.sharing import exchange, share_copy
 from grl_surgery.spliced_module import Cut
-from grl_surgery.splicing import arguments_kept, check_model, patient, splice
+from grl_surgery.splicing import check_model, patient, splice
 from grl_surgery.tracing import trace
 
 __all__ = ["adopt", "adopt_unsurveyed"]

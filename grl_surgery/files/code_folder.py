@@ -12,13 +12,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import fx, nn
 
-from grl_surgery.errors import ExportError, SurgeryError
+from grl_surgery.errors import ExportError, one_line
 from grl_surgery.files import programs
 from grl_surgery.files.forward_code import forward_lines
-from grl_surgery.files.recipe import Recipe, describe
+from grl_surgery.files.recipe import Recipe, describe, same_tensors
 from grl_surgery.files.safetensors_file import check_checkpoint, write_checkpoint
+from grl_surgery.files.tensors import plain_tensor, read_tensors
 from grl_surgery.reversal import GradientReversal
 from grl_surgery.spliced_module import SplicedModule
 from grl_surgery.splicing import reversals
@@ -102,6 +104,11 @@ def check_folder(model: nn.Module, folder: Path, inputs: programs.Inputs) -> Non
         again = module.load(*given)
     except Exception as error:
         raise ExportError(f"{_CODE} does not run: {type(error).__name__}: {str(error)[:200]}") from error
+    name = same_tensors(model, again)
+    if name:
+        raise ExportError(
+            f"{_CODE} makes {name!r} with other values than the network's", example="export(m, 'm.pt2')"
+        )
     programs.compare_outputs(folder, model, again, inputs)
 
 
@@ -111,8 +118,8 @@ def _proof(model: nn.Module, inputs: programs.Inputs) -> dict[str, Any] | None:
         return None
     try:
         report = verify_flip(model, example_inputs=inputs[1] or inputs[0])
-    except SurgeryError as error:
-        return {"ok": False, "verdict": str(error).partition("\n")[0], "mode": "none"}
+    except Exception as error:  # of the network too: the card says what became of it
+        return {"ok": False, "verdict": one_line(error), "mode": "none"}
     return {"ok": report.ok, "verdict": report.verdict, "mode": report.mode}
 
 
@@ -124,7 +131,7 @@ class _Code:
 
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
         self.model, self.recipe = model, recipe
-        self.imports = {"from pathlib import Path", "from safetensors.torch import load_model"}
+        self.imports = {"from pathlib import Path", "from safetensors.torch import load_file"}
         self.imports |= {"from torch import nn"}
         self.parts = {path: m for path, m in model.named_modules() if isinstance(m, SplicedModule)}
         if not self.parts:
@@ -187,21 +194,30 @@ class _Code:
             else:
                 lines.append(f"self.{name} = {held}" if plain else f"setattr(self, {name!r}, {held})")
         for name in sorted(constants):
-            lines.append(f'self.register_buffer("{name}", {self._literal(part, name)}, persistent=False)')
+            literal = self._literal(name, part.get_buffer(name))
+            lines.append(f'self.register_buffer("{name}", {literal}, persistent=False)')
+        for path, tensor in _attributes_read(part).items():
+            owner, _, name = path.rpartition(".")
+            holder = f'self.get_submodule("{owner}")' if owner else "self"
+            lines.append(f"{holder}.{name} = {self._literal(path, tensor)}")
         return [
             *lines,
             *(f"self.{cut.module} = {self._made(part, cut.module)}" for cut in part.grl_surgery.cuts),
         ]
 
-    def _literal(self, part: SplicedModule, name: str) -> str:
-        tensor = part.get_buffer(name)
+    def _literal(self, name: str, tensor: torch.Tensor) -> str:
         if tensor.numel() > _LARGEST_LITERAL:
             raise ExportError(
-                f"the forward makes a tensor of shape {tuple(tensor.shape)} of its own, too large for code",
-                example="export(m, 'm.pt2')",
+                f"the forward reads {name!r}, a tensor of shape {tuple(tensor.shape)} that is no buffer and "
+                "too large for code",
+                example=f"self.register_buffer({name.rpartition('.')[2]!r}, ...), or export(m, 'm.pt2')",
             )
         self.imports.add("import torch")
-        return f"torch.tensor({tensor.tolist()}, dtype={tensor.dtype})"
+        if not tensor.numel():
+            return f"torch.empty({tuple(tensor.shape)}, dtype={tensor.dtype})"
+        values = str(plain_tensor(name, tensor).tolist())
+        self.imports |= {f"from math import {word}" for word in ("inf", "nan") if word in values}
+        return f"torch.tensor({values}, dtype={tensor.dtype})"
 
     def _made(self, part: SplicedModule, name: str) -> str:
         module = part.get_submodule(name)
@@ -321,7 +337,13 @@ class _Code:
         if dtype not in (None, "float32"):
             self.imports.add("import torch")
             lines.append(f"    network.to(torch.{dtype})")
-        lines.append(f'    load_model(network, str(Path(__file__).with_name("{WEIGHTS}")))')
+        lines.append(f'    weights = load_file(str(Path(__file__).with_name("{WEIGHTS}")))')
+        for written, *others in self.recipe["tied"]:
+            lines.extend(f'    weights["{name}"] = weights["{written}"]' for name in others)
+        lines.append("    network.load_state_dict(weights)")
+        if self.recipe["frozen"]:
+            lines.append(f"    for name in {self.recipe['frozen']}:")
+            lines.append("        network.get_parameter(name).requires_grad_(False)")
         lines.append("    return network.train()" if self.model.training else "    return network.eval()")
         return "\n".join(lines)
 
@@ -333,6 +355,12 @@ class _Code:
             return f"timm.create_model({name!r}{words})"
         self.imports.add("from torchvision import models")
         return f"models.get_model({name!r}, weights=None{words})"
+
+
+def _attributes_read(part: SplicedModule) -> dict[str, torch.Tensor]:
+    """The tensors that the forward reads and that are plain attributes: the network given may hold others."""
+    buffers = dict(part.named_buffers(remove_duplicate=False))
+    return {path: tensor for path, tensor in read_tensors(part).items() if path not in buffers}
 
 
 def _keywords(values: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from grl_surgery.errors import ExportError, SurgeryError
+from grl_surgery.files.deep_copies import deep_copy
 from grl_surgery.files.plain_data import each, field
 from grl_surgery.files.program_archive import EXTRA, check_archive
 from grl_surgery.files.recipe import describe, tied
@@ -28,7 +29,7 @@ from grl_surgery.measurement import private_copy, tensors_in
 from grl_surgery.oracle import recipes, with_reversals
 from grl_surgery.reversal import GradientReversal
 from grl_surgery.spliced_module import SplicedModule
-from grl_surgery.splicing import head_names, reversals, strip
+from grl_surgery.splicing import head_names, inner_heads, reversals, strip
 
 __all__ = [
     "check_onnx",
@@ -55,8 +56,16 @@ def for_inference(model: nn.Module, heads: Sequence[str] = ()) -> nn.Module:
         'Sequential'
 
     Raises:
-        ExportError: There is no head of that name.
+        ExportError: There is no head of that name, or one whose logits a forward around it takes.
     """
+    inside = inner_heads(model)
+    if inside:
+        path = inside[0].rpartition(".")[0]
+        raise ExportError(
+            f"the logits of the head {inside[0]!r} go to the forward of {type(model).__name__}, which would "
+            "be another one without the head",
+            example=f"export(model.{path}, 'm.onnx')",
+        )
     unknown = [name for name in heads if name not in head_names(model)]
     if unknown:
         raise ExportError(f"there is no head {unknown[0]!r} to keep", choices=head_names(model))
@@ -71,7 +80,7 @@ def for_inference(model: nn.Module, heads: Sequence[str] = ()) -> nn.Module:
 
 def plain(model: nn.Module) -> nn.Module:
     """The network before surgery, as a copy of its own."""
-    return copy.deepcopy(strip(model) if any(recipes(model).values()) else model)
+    return deep_copy(strip(model) if any(recipes(model).values()) else model)
 
 
 def inputs_for(model: nn.Module, example_inputs: Any) -> Inputs:
@@ -123,7 +132,7 @@ def record(
 ) -> torch.export.ExportedProgram:
     """The network as a program, in its present mode, for any batch size if ``dynamic``."""
     private = _private(model)
-    args, kwargs = _of_several(copy.deepcopy(inputs)) if dynamic else copy.deepcopy(inputs)
+    args, kwargs = _of_several(deep_copy(inputs)) if dynamic else deep_copy(inputs)
     shapes = _batch_sizes((args, kwargs)) if dynamic else None
     try:
         with torch.set_grad_enabled(purpose == "training"), random_state_kept(), _quiet():
@@ -243,8 +252,9 @@ def read_program(path: Path) -> nn.Module:
     for names in each(field(extra, "tied", list), list, "'tied'"):
         _tie(network, each(names, str, "'tied'"))
     mark_as_program(network, field(extra, "training", bool))
-    if program.example_inputs is not None and not program.example_inputs[1]:
-        network.example_inputs = program.example_inputs[0]
+    args, kwargs = program.example_inputs or ((), {})
+    if bool(args) != bool(kwargs):
+        network.example_inputs = args or kwargs
     return network  # type: ignore[no-any-return]
 
 
@@ -307,11 +317,19 @@ def compare_outputs(path: Path, model: nn.Module, again: nn.Module, inputs: Inpu
 
 def _outputs(network: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
     """Every tensor that a copy returns, from the same random numbers every time."""
-    network = copy.deepcopy(network)
-    args, kwargs = copy.deepcopy(inputs)
-    with random_state_kept(), torch.no_grad():
-        torch.manual_seed(0)
-        return tensors_in(network(*args, **kwargs))
+    network = deep_copy(network)
+    args, kwargs = deep_copy(inputs)
+    try:
+        with random_state_kept(), torch.no_grad():
+            torch.manual_seed(0)
+            return tensors_in(network(*args, **kwargs))
+    except SurgeryError:
+        raise
+    except Exception as error:
+        raise ExportError(
+            f"this {type(network).__name__} does not run on the example inputs: {_first_line(error)}",
+            example="export(m, path, example_inputs=(x,)), where m(x) runs",
+        ) from error
 
 
 def _compare(path: Path, expected: list[torch.Tensor], found: list[torch.Tensor], tolerance: float) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import importlib.metadata
 import re
@@ -15,17 +14,19 @@ from torch import fx, nn
 from torch.fx.node import map_arg
 
 from grl_surgery.cutting import apply_cuts
-from grl_surgery.errors import ExportError, SurgeryError
+from grl_surgery.errors import ExportError, SurgeryError, one_line
+from grl_surgery.files.deep_copies import deep_copy
 from grl_surgery.files.head_settings import describe_head, rebuild_head
 from grl_surgery.files.plain_data import each, field, optional
 from grl_surgery.files.sources import build_source, find_source, module_lines, within_memory
+from grl_surgery.files.tensors import excerpt, is_alike, not_in_the_state, plain_tensor
 from grl_surgery.points import Edge
 from grl_surgery.reversal import GradientReversal
 from grl_surgery.sharing import exchange, share_copy
 from grl_surgery.spliced_module import Cut, SplicedModule
 from grl_surgery.splicing import reversals, strip
 
-__all__ = ["FORMAT", "Recipe", "coefficients", "describe", "rebuild", "same_tensors", "tied"]
+__all__ = ["FORMAT", "Recipe", "describe", "rebuild", "same_tensors", "tied"]
 
 Recipe = dict[str, Any]
 FORMAT = 1
@@ -63,11 +64,12 @@ def describe(model: nn.Module, source: str | None = None, options: Mapping[str, 
         "modules": lines,
         "parts": [_part(path, part) for path, part in sorted(parts.items(), key=lambda row: -len(row[0]))],
         "graph": _graph_hash(parts),
-        "reversals": coefficients(model),
+        "reversals": _coefficients(model),
         "train": [path for path, module in model.named_modules() if module.training],
         "frozen": [name for name, p in model.named_parameters() if not p.requires_grad],
         "dtype": _common_dtype(plain),
         "tied": tied(model),
+        "unsaved": {name: excerpt(name, tensor) for name, tensor in not_in_the_state(model).items()},
     }
 
 
@@ -95,10 +97,9 @@ def _head_data(part: SplicedModule, cut: Cut) -> dict[str, Any]:
     return {"class": f"{type(head).__module__}.{type(head).__qualname__}", "settings": describe_head(head)}
 
 
-def coefficients(model: nn.Module) -> dict[str, Any]:
+def _coefficients(model: nn.Module) -> dict[str, Any]:
     """The exact coefficient of every reversal, by its path, with its dtype."""
-    # A copy of a layer is never disabled, so it shows the coefficient to come back.
-    layers = {path: copy.deepcopy(layer).coeff for path, layer in reversals(model).items()}
+    layers = {path: layer.coeff for path, layer in reversals(model).items()}
     return {path: {"coeff": float(c).hex(), "dtype": _name_of(c.dtype)} for path, c in layers.items()}
 
 
@@ -143,7 +144,7 @@ def _all_lines(part: SplicedModule) -> list[str]:
     graphs = [line for graph in part.grl_surgery.traced.graphs.values() for line in _graph_lines(graph)]
     buffers = dict(part.named_buffers())
     constants = [
-        f"{name} = {_bytes_hash(buffers[name])}" for name in sorted(part.grl_surgery.traced.constants)
+        f"{name} = {_bytes_hash(name, buffers[name])}" for name in sorted(part.grl_surgery.traced.constants)
     ]
     return [*lines, *graphs, *constants]
 
@@ -186,9 +187,9 @@ def _text(value: Any) -> str:
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
-def _bytes_hash(tensor: torch.Tensor) -> str:
-    plain = tensor.detach().cpu().contiguous().reshape(-1)
-    data = plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b""
+def _bytes_hash(name: str, tensor: torch.Tensor) -> str:
+    flat = plain_tensor(name, tensor).reshape(-1)
+    data = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
     return f"{_name_of(tensor.dtype)}{tuple(tensor.shape)} {hashlib.sha256(data).hexdigest()}"
 
 
@@ -235,6 +236,7 @@ def rebuild(
     except SurgeryError as error:
         raise ExportError(f"the recipe cannot be replayed: {error}{changed}") from error
     _set_state(recipe, spliced, tensors)
+    _compare_unsaved(recipe, spliced)
     for path, module in spliced.named_modules():
         module.training = path in flags
     if changed:
@@ -257,13 +259,13 @@ def _base(recipe: Recipe, model: nn.Module | Callable[[], nn.Module] | None, lim
     if model is None:
         base = build_source(cast(str, source), field(recipe, "options", dict), limit)
     elif isinstance(model, nn.Module):
-        base = copy.deepcopy(model)
+        base = deep_copy(model)
     else:
         base = model()
         if not isinstance(base, nn.Module):
             raise ExportError(f"model() returned a {type(base).__name__}, not an nn.Module")
     dtype = optional(recipe, "dtype", str)
-    if dtype is not None:
+    if dtype not in (None, _common_dtype(base)):  # it would make complex buffers real, and round others
         base = base.to(_dtype(dtype))
     for name in each(field(recipe, "frozen", list), str, "'frozen'"):
         parameter = dict(base.named_parameters()).get(name)
@@ -358,7 +360,7 @@ def _head(name: str, heads: Mapping[str, Any], own: Mapping[str, nn.Module]) -> 
     data = field(heads, name, dict)
     settings = optional(data, "settings", dict)
     if name in own:
-        return copy.deepcopy(own[name])
+        return deep_copy(own[name])
     if settings is None:
         kind = field(data, "class", str)[:120]
         raise ExportError(
@@ -382,14 +384,41 @@ def _set_state(recipe: Recipe, model: nn.Module, tensors: Mapping[str, torch.Ten
         given.update((name, given[held[0]]) for name in names if held)
     _compare_shapes(wanted, given)
     for name, tensor in wanted.items():
-        tensor.data = tensor.data.to(given[name].dtype)
-        with torch.no_grad():
-            tensor.copy_(given[name])
+        _set_tensor(name, tensor, given[name])
     frozen = set(each(field(recipe, "frozen", list), str, "'frozen'"))
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() or parameter.is_complex():
             parameter.requires_grad_(name not in frozen)
     _set_coefficients(model, field(recipe, "reversals", dict))
+
+
+def _set_tensor(name: str, tensor: torch.Tensor, value: torch.Tensor) -> None:
+    try:
+        tensor.data = tensor.data.to(value.dtype)
+        with torch.no_grad():
+            tensor.copy_(value)
+    except RuntimeError as error:
+        attribute = name.rpartition(".")[2]
+        raise ExportError(
+            f"no values can be written into {name!r}: {one_line(error)}",
+            example=f"a tensor with memory for each element: self.register_buffer({attribute!r}, "
+            "value.contiguous())",
+        ) from error
+
+
+def _compare_unsaved(recipe: Recipe, model: nn.Module) -> None:
+    written = optional(recipe, "unsaved", dict) or {}  # older files do not say
+    here = not_in_the_state(model)
+    other = [
+        name for name in here if name in written and not is_alike(here[name], field(written, name, dict))
+    ]
+    if other:
+        attribute = other[0].rpartition(".")[2]
+        raise ExportError(
+            f"the forward reads {other[0]!r}, which is not in the state_dict, and the network has other "
+            "values there than when the file was written",
+            example=f"a buffer, which the file holds: self.register_buffer({attribute!r}, ...)",
+        )
 
 
 def _compare_shapes(wanted: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> None:
@@ -430,6 +459,6 @@ def same_tensors(first: nn.Module, second: nn.Module) -> str:
     for name in dict.fromkeys([*held[0], *held[1]]):
         if any(name not in tensors for tensors in held):
             return name
-        if _bytes_hash(held[0][name]) != _bytes_hash(held[1][name]):
+        if _bytes_hash(name, held[0][name]) != _bytes_hash(name, held[1][name]):
             return name
     return ""

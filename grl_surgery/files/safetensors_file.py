@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -12,9 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from grl_surgery.errors import ExportError
+from grl_surgery.errors import ExportError, one_line
+from grl_surgery.files.deep_copies import deep_copy
 from grl_surgery.files.plain_data import parse_object
 from grl_surgery.files.recipe import Recipe, describe, rebuild, same_tensors, tied
+from grl_surgery.files.tensors import plain_tensor
 from grl_surgery.splicing import head_names, strip
 
 __all__ = ["check_checkpoint", "read_checkpoint", "read_recipe", "write_checkpoint"]
@@ -27,18 +28,24 @@ def write_checkpoint(
     model: nn.Module, path: Path, source: str | None = None, options: Mapping[str, Any] | None = None
 ) -> None:
     """Write weights and recipe; a tensor with several names is written once."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     recipe = describe(model, source, options)
     repeated = {name for names in tied(model) for name in names[1:]}
     # Clones: the format refuses tensors that share memory, as a view does with what it is a view of.
     tensors = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        name: plain_tensor(name, tensor).clone()
         for name, tensor in model.state_dict().items()
         if name not in repeated
     }
     text = json.dumps(recipe)
-    save_file(tensors, path, {"format": "pt", _KEY: text, _CHECKSUM: _checksum(text, tensors)})
+    try:
+        save_file(tensors, path, {"format": "pt", _KEY: text, _CHECKSUM: _checksum(text, tensors)})
+    except (KeyError, ValueError, SafetensorError) as error:  # a dtype that the format does not have
+        raise ExportError(
+            f"safetensors does not hold these tensors: {one_line(error)}", example="export(m, 'm.pt2')"
+        ) from error
 
 
 def read_checkpoint(
@@ -71,14 +78,15 @@ def check_checkpoint(model: nn.Module, path: Path) -> None:
     """
     recipe, tensors = _read(path)
     plain = strip(model) if recipe["parts"] else model
+    base = None if recipe["source"] else deep_copy(plain)
     try:
         heads = {name: model.get_submodule(name) for name in head_names(model)}
         own = {name: head for name, head in heads.items() if _is_own(recipe, name)}
-        again = rebuild(recipe, tensors, None if recipe["source"] else copy.deepcopy(plain), own)
+        again = rebuild(recipe, tensors, base, own)
     except ExportError as error:
         raise ExportError(
             f"what was written does not load again: {error}",
-            example="export(m, path, source='timm/resnet18', options={'num_classes': 10})",
+            example=_WITH_SOURCE if recipe["source"] else None,
         ) from error
     name = same_tensors(model, again)
     if name:
@@ -87,6 +95,9 @@ def check_checkpoint(model: nn.Module, path: Path) -> None:
             "other values, so a checkpoint would lose them",
             example="export(m, 'm.pt2')",
         )
+
+
+_WITH_SOURCE = "export(m, path, source='timm/resnet18', options={'num_classes': 10})"
 
 
 def _is_own(recipe: Recipe, name: str) -> bool:

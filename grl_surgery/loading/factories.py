@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from grl_surgery.errors import SurgeryError, one_line
-from grl_surgery.loading.inputs import as_inputs
+from grl_surgery.loading.inputs import Inputs, as_inputs
 from grl_surgery.points import near_names
 
 __all__ = ["from_factory", "no_factory_named"]
@@ -25,7 +25,7 @@ __all__ = ["from_factory", "no_factory_named"]
 _FORMS = "package.module:factory or file.py:factory"
 
 
-def from_factory(source: str, pretrained: bool) -> tuple[nn.Module, tuple[Any, ...] | None]:
+def from_factory(source: str, pretrained: bool) -> tuple[nn.Module, Inputs | None]:
     """Import the code that ``source`` names and call it.
 
     Example:
@@ -164,7 +164,7 @@ def _takes_pretrained(factory: Callable[..., Any]) -> bool:
     return any(p.name == "pretrained" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
 
 
-def _module_and_inputs(made: Any, source: str) -> tuple[nn.Module, tuple[Any, ...] | None]:
+def _module_and_inputs(made: Any, source: str) -> tuple[nn.Module, Inputs | None]:
     if isinstance(made, nn.Module):
         return made, None
     if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module):

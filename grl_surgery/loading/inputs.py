@@ -11,16 +11,18 @@ from torch import nn
 
 from grl_surgery.errors import SurgeryError, one_line
 
-__all__ = ["as_arguments", "as_inputs", "does_not_run", "example_inputs"]
+__all__ = ["Inputs", "as_arguments", "as_inputs", "does_not_run", "example_inputs"]
 
+Inputs = tuple[Any, ...] | dict[str, Any]
+"""Arguments of forward: by position, or by name."""
 RUNNING_INPUTS = "example_inputs=x, where model(x) runs"
 
 # Batch norm in train mode needs more than one value per channel.
 BATCH = 2
 
 
-def example_inputs(model: nn.Module) -> tuple[Any, ...] | None:
-    """Positional arguments that ``model`` accepts, the same at every call; None where nothing says which.
+def example_inputs(model: nn.Module) -> Inputs | None:
+    """Arguments that ``model`` accepts, the same at every call; None where nothing says which.
 
     An attribute (or method without arguments) ``example_inputs`` of the model is used as it is. Otherwise
     the shapes come from timm's or torchvision's metadata, for a batch of two, on the device and with the
@@ -35,11 +37,11 @@ def example_inputs(model: nn.Module) -> tuple[Any, ...] | None:
         model: A network of timm or torchvision, or one that has the attribute ``example_inputs``.
 
     Returns:
-        A tuple to call the model with: tensors, or what torchvision's detection models take (a list of
-        images and a list of targets, which train mode needs).
+        A tuple to call the model with, or a dict by name: tensors, or what torchvision's detection models
+        take (a list of images and a list of targets, which train mode needs).
 
     Raises:
-        SurgeryError: The model's own ``example_inputs`` is not a tensor, tuple or list.
+        SurgeryError: The model's own ``example_inputs`` is not a tensor, tuple, list or mapping.
     """
     own = getattr(model, "example_inputs", None)
     if own is not None:
@@ -50,8 +52,8 @@ def example_inputs(model: nn.Module) -> tuple[Any, ...] | None:
     return _torchvision_inputs(model)
 
 
-def as_inputs(value: object) -> tuple[Any, ...]:
-    """One tensor, or several in a tuple or list, as the tuple to call a model with.
+def as_inputs(value: object) -> Inputs:
+    """One tensor, or several in a tuple or list, as the tuple to call a model with; in a mapping, by name.
 
     Example:
         >>> len(as_inputs(torch.zeros(2, 3)))
@@ -64,8 +66,10 @@ def as_inputs(value: object) -> tuple[Any, ...]:
         return (value,)
     if isinstance(value, (tuple, list)):
         return tuple(value)
+    if isinstance(value, Mapping):
+        return dict(value)
     raise SurgeryError(
-        f"example inputs are a tensor or a tuple of them, not {type(value).__name__}",
+        f"example inputs are a tensor, a tuple of them or a dict by name, not {type(value).__name__}",
         example="model.example_inputs = (torch.randn(2, 3, 224, 224),)",
     )
 

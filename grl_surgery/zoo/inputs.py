@@ -32,7 +32,7 @@ def declared_inputs(model: nn.Module) -> tuple[Any, ...]:
     """
     _make_light(model)
     inputs = example_inputs(model)
-    if inputs is None:
+    if not isinstance(inputs, tuple):
         raise SurgeryError(f"nothing says what inputs {type(model).__name__} takes")
     return inputs
 
