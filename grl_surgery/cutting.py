@@ -95,7 +95,7 @@ def apply_cuts(
                 return apply_cuts(model, cuts, opened={*opened, *deeper}, given=given, lenient=lenient)
             except (PointNotFoundError, TracingError):
                 raise error from None
-        if changed == 0:
+        if changed == 0 and cut.kind != "probe":
             for graph in traced.graphs.values():
                 refuse_unseen_reads(model, graph, str(cut.at), effects)
             raise SurgeryError(

@@ -509,6 +509,8 @@ def build_head(
         ShapeError: The shape cannot be read as ``pool`` says, or does not fit the classifier.
         SurgeryError: Some settings are impossible, or do not go together.
     """
+    if not shape:
+        raise ShapeError("a head reads a feature for each sample, and this value is one number")
     own = isinstance(classifier, nn.Module)
     layout = None if own and pool == "none" and len(shape) != 2 else choose_layout(shape, pool, num_features)
     mapping = _build_condition(condition, layout, num_classes, classifier)

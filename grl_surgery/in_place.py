@@ -325,10 +325,20 @@ def refuse_lost_writes(
         return  # whatever lies in the memory of a reversed value lies behind its reversal
     for node, value, read in hidden_writes(model, graph, effects):
         shared = memory(model, read, effects)
-        for call, _, name in calls:
+        for call, source, name in calls:
             side = memory(model, call, effects, behind=True)
-            if call in shared and (value in side) != (read in side):
+            is_bypassed = source is node and read is not value and _may_be_one(model, value, read)
+            if is_bypassed or (call in shared and (value in side) != (read in side)):
                 raise _lost(node, read, shared, f"between the two ({name}) would be lost on one of them")
+
+
+def _may_be_one(model: nn.Module, first: fx.Node, second: fx.Node) -> bool:
+    """Whether two items of a block's result may be one tensor, of which one name is overwritten."""
+    items = _called(first) == _called(second) == "getitem" and first.args[0] is second.args[0]
+    call = first.args[0] if items else None
+    if not isinstance(call, fx.Node) or call.op != "call_module" or call.meta.get("spliced"):
+        return False
+    return not is_building_block(model.get_submodule(str(call.target)))
 
 
 def _reversed(graph: fx.Graph, names: Collection[str]) -> Iterator[tuple[fx.Node, fx.Node, str]]:

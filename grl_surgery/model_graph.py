@@ -330,7 +330,7 @@ def shapes_at(
         PointNotFoundError, AmbiguousPointError, TracingError: As in :func:`apply_cuts`.
     """
     tree = share_copy(model)
-    probes = [Cut("after", point, f"_probe_{place}") for place, point in enumerate(points)]
+    probes = [Cut("probe", point, f"_probe_{place}") for place, point in enumerate(points)]
     traced = apply_cuts(tree, [*cuts, *probes], given=given)
     tree._modules.update(modules)
     tree._modules.update((probe.module, nn.Identity()) for probe in probes)

@@ -40,7 +40,8 @@ class Cut:
     Args:
         kind: ``"after"`` a point, ``"before"`` a point, on one ``"edge"``, or a ``"head"`` after a point.
             Where the root cannot be traced, a head is ``"tapped"``: the value comes out of the inside through
-            a ``"tap"`` at the point. A call that was adopted has a reversal ``"instead"``.
+            a ``"tap"`` at the point. A call that was adopted has a reversal ``"instead"``. A ``"probe"``
+            behind a point only looks at the value.
         at: Name of the point, or the edge. ``""``, or ``"[0]"``, is what leaves the network,
             or one item of it.
         module: Attribute of the spliced network under which the reversal or the head lives; for a tap, the
@@ -48,7 +49,7 @@ class Cut:
         condition: Name of the point whose class logits condition a head.
     """
 
-    kind: Literal["after", "before", "edge", "head", "tapped", "tap", "instead"]
+    kind: Literal["after", "before", "edge", "head", "tapped", "tap", "instead", "probe"]
     at: str | Edge
     module: str
     condition: str | None = None

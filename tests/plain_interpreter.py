@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from random_networks import ITEMS, Block, Operation, Pair, Step, module_path
+from random_networks import BATCH, ITEMS, Block, Operation, Pair, Step, module_path
 from torch import nn
 
 from grl_surgery.points import number
@@ -196,13 +196,20 @@ def fresh(tensor: torch.Tensor, names: Any = ()) -> Value:
 
 
 class Interpreter:
-    """Runs a block's steps with the modules and parameters of the network that was built from it."""
+    """Runs a block's steps with the modules and parameters of the network that was built from it.
 
-    def __init__(self, block: Block, module: nn.Module, reversals: Sequence[Reversal] = ()) -> None:
-        self.block, self.module, self.reversals = block, module, reversals
+    What a head at the point ``tapped`` reads is left in ``tap``.
+    """
+
+    def __init__(
+        self, block: Block, module: nn.Module, reversals: Sequence[Reversal] = (), tapped: str = ""
+    ) -> None:
+        self.block, self.module, self.reversals, self.tapped = block, module, reversals, tapped
+        self.tap: torch.Tensor | None = None
         self.names = named_places(block)
         self.points: dict[str, bool] = {}  # of those with a tensor: whether anything uses it
         self.edges: list[tuple[tuple[str, ...], str, str]] = []
+        self.features: list[str] = []  # points with a row for each sample
         self.ends: dict[str, bool] = {}  # of what can stand in before=: whether it takes tensors only
         self.layers: set[str] = set()  # paths of the layers that are called
 
@@ -326,6 +333,10 @@ class Interpreter:
         if not value.is_float:
             return value
         self.points.setdefault(name, False)
+        if value.read().shape[:1] == (BATCH,):
+            self.features.append(name)
+        if name == self.tapped:
+            self.tap = value.read().clone()
         for reversal in self.reversals:
             if reversal.kind == "after" and reversal.at == name:
                 value = value.reversed(reversal.coeff)

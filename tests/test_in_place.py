@@ -596,3 +596,38 @@ def test_a_reversal_before_a_block_that_overwrites_an_argument_read_again_afterw
 
     with pytest.raises(gs.SurgeryError, match="'block' overwrites in place what 'x' reads again afterwards"):
         gs.insert_grl(Twice(), before="block")
+
+
+def test_a_reversal_after_an_overwritten_item_of_a_block_that_returns_one_tensor_twice_is_refused():
+    class Twice(nn.Module):
+        def forward(self, x):
+            x = x * 2.0
+            return x, x
+
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.block = nn.Linear(6, 6), Twice()
+
+        def forward(self, x):
+            first, second = self.block(self.linear(x))
+            return torch.relu_(first) + second
+
+    with pytest.raises(gs.SurgeryError, match=r"'relu_?' overwrites in place what 'block\[1\]' reads again"):
+        gs.insert_grl(Root(), after="relu_")
+    model, x = Root(), torch.randn(4, 6)
+    assert gs.verify_flip(gs.insert_grl(model, after="add"), model, x).ok
+    assert gs.verify_flip(gs.insert_grl(model, after="linear"), model, x).ok
+
+
+def test_a_head_can_read_what_the_network_does_not_use():
+    class Unused(Layers):
+        def forward(self, x):
+            torch.tanh(self.a(x))
+            return self.b(x)
+
+    model, x = Unused(), torch.randn(4, 6)
+    m = gs.attach_domain_head(model, "tanh", example_inputs=x, dropout=0.0)
+    assert torch.equal(m(x)[1], m.domain.classifier(torch.tanh(model.a(x))))
+    with pytest.raises(gs.SurgeryError, match="nothing uses the value after tanh"):
+        gs.insert_grl(model, after="tanh")

@@ -314,7 +314,11 @@ def test_a_factory_is_asked_for_pretrained_weights_only_if_it_takes_the_argument
         ("def make(): raise KeyError('lost')", "make", "raised KeyError: 'lost'"),
         ("def make(): raise SystemExit('bye')", "make", "raised SystemExit: bye"),
         ("def make(): return 3", "make", "(?s)returned a int, not a network.*def factory"),
-        ("def make(): return nn.Identity(), 3", "make", "a tensor or a tuple of them, not int"),
+        (
+            "def make(): return nn.Identity(), 3",
+            "make",
+            "a tensor, a tuple of them or a dict by name, not int",
+        ),
         ("make = 3", "make", "is a int, not a function"),
         ("def make(:", "make", "cannot import .*SyntaxError"),
         ("import no_such_package", "make", "cannot import .*no_such_package"),

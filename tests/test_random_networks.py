@@ -33,6 +33,8 @@ class Case:
     kind: str
     picks: list[int]
     coeffs: list[float]
+    head: int | None
+    head_first: bool
 
     def network(self) -> nn.Module:
         module = build(self.block, self.seed, self.dtype)
@@ -75,6 +77,8 @@ def cases(draw: st.DrawFn) -> Case:
         kind=draw(st.sampled_from(["after", "after", "edge", "before"])),
         picks=draw(st.lists(st.integers(0, 2**16), min_size=1, max_size=3)),
         coeffs=draw(st.lists(st.sampled_from([1.0, 0.5, 0.25, 2.0, 0.0]), min_size=3, max_size=3)),
+        head=draw(st.none() | st.integers(0, 2**16)),
+        head_first=draw(st.booleans()),
     )
 
 
@@ -102,12 +106,7 @@ def outputs_and_gradients(case: Case, network: Any, run: Any) -> tuple[Any, dict
 def places_to_cut(case: Case, interpreter: Interpreter) -> list[dict[str, Any]]:
     """Arguments of insert_grl for every place of the wanted kind that a reversal can stand at."""
     if case.kind == "after":
-        # After a parameter is after all uses of it: a layer that is called as well has another one inside.
-        points = {
-            name: is_used
-            for name, is_used in interpreter.points.items()
-            if name.rpartition(".")[0] not in interpreter.layers
-        }
+        points = points_outside_layers(interpreter)
         used = [name for name, is_used in points.items() if is_used]
         return [{"after": name} for name in (used * 5 + list(points))]
     if case.kind == "before":
@@ -118,6 +117,12 @@ def places_to_cut(case: Case, interpreter: Interpreter) -> list[dict[str, Any]]:
         for source in sources
         if arg
     ]
+
+
+def points_outside_layers(interpreter: Interpreter) -> dict[str, bool]:
+    """After a parameter is after all uses of it: a layer that is called as well has another one inside."""
+    points = interpreter.points.items()
+    return {name: is_used for name, is_used in points if name.rpartition(".")[0] not in interpreter.layers}
 
 
 def as_reversal(keywords: dict[str, Any], coeff: float) -> Reversal:
@@ -160,10 +165,26 @@ def untouched(model: nn.Module) -> Iterator[None]:
     assert after == before
 
 
-def insert_all(model: nn.Module, cuts: list[dict[str, Any]], coeffs: list[float]) -> nn.Module:
+class Reads(nn.Module):
+    """A head that anything can be given to, whatever its shape."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([x.sum(), x.square().sum()]).expand(BATCH, 2)
+
+
+def insert_all(
+    case: Case, model: nn.Module, cuts: list[dict[str, Any]], coeffs: list[float], tapped: str
+) -> nn.Module:
+    if tapped and case.head_first:
+        model = attach(case, model, tapped)
     for keywords, coeff in zip(cuts, coeffs, strict=True):
         model = gs.insert_grl(model, **keywords, coeff=coeff)
-    return model
+    return attach(case, model, tapped) if tapped and not case.head_first else model
+
+
+def attach(case: Case, model: nn.Module, tapped: str) -> nn.Module:
+    given = tuple(map(case.given, case.inputs()))
+    return gs.attach_domain_head(model, tapped, classifier=Reads(), pool="none", example_inputs=given)
 
 
 def check(case: Case) -> str:
@@ -188,30 +209,42 @@ def check(case: Case) -> str:
         return "no place"
     cuts = list({str(places[pick % len(places)]): places[pick % len(places)] for pick in case.picks}.values())
     coeffs = case.coeffs[: len(cuts)]
-    note(f"{cuts} with {coeffs}")
+    points = [name for name in points_outside_layers(interpreter) if name in interpreter.features]
+    tapped = "" if case.head is None or not points else points[case.head % len(points)]
+    note(f"{cuts} with {coeffs}, a head at {tapped!r}")
 
     with untouched(model):
         try:
-            spliced = insert_all(model, cuts, coeffs)
+            spliced = insert_all(case, model, cuts, coeffs, tapped)
         except gs.SurgeryError as error:
             if "overwrites in place what" in str(error):
                 return "refused"
+            if "cannot be called in every mode" in str(error):
+                return "a head in one mode only"
             assert "nothing uses the value" in str(error), error  # noqa: PT017
             assert any(not interpreter.points[cut["after"]] for cut in cuts)
             return "unused"
     assert list(spliced.state_dict()) == list(model.state_dict())
 
     spliced_twin = copy.deepcopy(spliced)
-    result, gradients = outputs_and_gradients(case, spliced_twin, spliced_twin)
-    assert_same_bits(result, expected)
+    try:
+        result, gradients = outputs_and_gradients(case, spliced_twin, spliced_twin)
+    except RuntimeError as error:  # on the way to a value that the network itself does not differentiate
+        assert tapped, error  # noqa: PT017
+        assert "modified by an inplace operation" in str(error), error  # noqa: PT017
+        return "invalid with a head there"
+    assert_same_bits(result[0] if tapped else result, expected)
     own = [b for name, b in spliced_twin.named_buffers() if "grl_" not in name and "_constant" not in name]
     assert all(map(torch.equal, own, buffers))
 
     twin = copy.deepcopy(model)
     reversals = [as_reversal(keywords, coeff) for keywords, coeff in zip(cuts, coeffs, strict=True)]
-    oracle = Interpreter(case.block, twin, reversals)
-    _, wanted = outputs_and_gradients(case, twin, oracle.run)
+    oracle = Interpreter(case.block, twin, reversals, tapped)
+    with_head = lambda *inputs: (oracle.run(*inputs), spliced.domain(oracle.tap))  # noqa: E731
+    right, wanted = outputs_and_gradients(case, twin, with_head if tapped else oracle.run)
     assert_close(gradients, wanted, case.dtype)
+    if tapped:
+        torch.testing.assert_close(result[1], right[1])
 
     with untouched(model), untouched(spliced):
         report = gs.verify_flip(spliced, model, tuple(map(case.given, inputs)))
@@ -239,7 +272,8 @@ def check(case: Case) -> str:
         except RuntimeError:
             continue
         torch.manual_seed(1)
-        assert_same_bits(second(*map(case.given, inputs)), expected)
+        result = second(*map(case.given, inputs))
+        assert_same_bits(result[0] if tapped else result, expected)
     return "checked"
 
 
