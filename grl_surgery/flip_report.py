@@ -24,6 +24,10 @@ Kind = Literal["flipped", "unchanged", "mixed", "unreached", "no signal", "wrong
 class ParameterFlip:
     """One parameter under one objective.
 
+    Example:
+        >>> ParameterFlip("0.weight", (8, 4), predicted="flipped", measured="unchanged", ok=False).measured
+        'unchanged'
+
     Args:
         name: As in ``named_parameters()``.
         shape: Of the parameter.
@@ -49,6 +53,10 @@ class ParameterFlip:
 class ReversalFlip:
     """One reversal.
 
+    Example:
+        >>> print(ReversalFlip("grl_layer3", "after layer3", 1.0, ok=False, note="it is disabled").note)
+        it is disabled
+
     Args:
         name: As in ``reversals(model)``.
         where: The point or edge it stands at.
@@ -68,6 +76,14 @@ class ReversalFlip:
 @dataclass(frozen=True)
 class FlipReport:
     """Whether exactly the right gradients flip.
+
+    Example:
+        >>> import torch
+        >>> from grl_surgery import insert_grl, verify_flip
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+        >>> report = verify_flip(insert_grl(net, after="0"), example_inputs=torch.randn(3, 4))
+        >>> report.ok, [row.name for row in report.parameters if row.measured == "flipped"]
+        (True, ['0.weight', '0.bias'])
 
     Args:
         parameters: Every parameter, under every objective.

@@ -42,6 +42,11 @@ __all__ = ["ModelGraph", "arguments_kept", "bind_inputs", "describe", "edges_int
 class ModelGraph:
     """What a network's forward does, one node for each module call and each other operation.
 
+    Example:
+        >>> graph = describe(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), example_inputs=torch.randn(3, 4))
+        >>> [str(edge) for edge in graph.edges], graph.nodes[1].shape
+        (['input -> 0', '0 -> 1', '1 -> output'], (3, 8))
+
     Args:
         name: Class of the network.
         nodes: In the order of execution.

@@ -54,6 +54,10 @@ class Edge:
 class GraphNode:
     """One line of a network's forward.
 
+    Example:
+        >>> GraphNode("layer1.0.conv1", "call_module", "Conv2d", (2, 64, 8, 8), 36864).type
+        'Conv2d'
+
     Args:
         name: The point's name, to be used in ``after=`` and ``before=``.
         op: As in torch.fx: placeholder, get_attr, call_module, call_function, call_method or output.

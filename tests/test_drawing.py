@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import doctest
 import io
 
 import pytest
@@ -9,7 +8,6 @@ from rich.cells import cell_len
 from rich.console import Console
 from torch import nn
 
-from grl_surgery import drawing
 from grl_surgery.drawing import GraphTree, forward_diff, graph_text, reversed_edges, size_nodes, without
 from grl_surgery.model_graph import ModelGraph, describe
 from grl_surgery.points import Edge, GraphNode
@@ -241,9 +239,3 @@ def test_the_edges_behind_an_item_of_a_value_end_in_the_users_of_the_whole() -> 
     assert [str(edge) for edge in reversed_edges(spliced, spliced.grl_surgery.cuts[0])] == [
         "lstm[0] -> output"
     ]
-
-
-def test_the_examples_in_the_docstrings_run() -> None:
-    found = [doctest.testmod(module) for module in (drawing.sizes, drawing.surgery, drawing.text)]
-    assert all(result.attempted for result in found)
-    assert not any(result.failed for result in found)

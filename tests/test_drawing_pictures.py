@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import itertools
 import pickle
 import re
@@ -20,7 +19,6 @@ from small_networks import Net, Repeated, image
 from torch import nn
 
 import grl_surgery as gs
-from grl_surgery.drawing import dot, layout, mermaid, nesting, svg
 from grl_surgery.drawing.layout import Layout, lay_out
 from grl_surgery.drawing.nesting import Box, Inside, Line, boxes_in, nest
 from grl_surgery.drawing.sizes import size_nodes
@@ -300,8 +298,3 @@ def test_a_graph_that_is_stored_does_not_take_the_network_along() -> None:
     assert len(stored) < 3000
     assert pickle.loads(stored) == graph
     assert pickle.loads(stored).whole() == graph
-
-
-def test_the_examples_in_the_docstrings_run() -> None:
-    for module in (dot, layout, mermaid, nesting, svg):
-        assert not doctest.testmod(module).failed

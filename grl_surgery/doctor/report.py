@@ -39,6 +39,14 @@ def _counted(count: int, what: str) -> str:
 class Diagnosis(_Printed):
     """Whether the reversals of a network are alive, and where they are lost.
 
+    Example:
+        >>> import torch
+        >>> from grl_surgery import diagnose
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+        >>> diagnosis = diagnose(net, torch.randn(3, 4))
+        >>> diagnosis.ok, diagnosis.findings
+        (False, ())
+
     Args:
         findings: Every place that reverses, or looks as if it did.
         outcomes: What becomes of those that reverse, context by context; empty where none does.
@@ -211,6 +219,23 @@ class Left:
 @dataclass
 class Adoption(_Printed):
     """A network with our reversals in place of its own, and what was proved of it.
+
+    Example:
+        >>> import torch
+        >>> from grl_surgery import adopt, reversals
+        >>> class Pasted(torch.autograd.Function):
+        ...     @staticmethod
+        ...     def forward(ctx, x):
+        ...         return x.view_as(x)
+        ...     @staticmethod
+        ...     def backward(ctx, gradient):
+        ...         return -0.5 * gradient
+        >>> class Net(torch.nn.Linear):
+        ...     def forward(self, x):
+        ...         return Pasted.apply(super().forward(x))
+        >>> adoption = adopt(Net(4, 2), torch.randn(3, 4))
+        >>> adoption.difference, reversals(adoption.model)
+        (0.0, {'grl_Pasted': AdoptedReversal(coeff=0.5)})
 
     Args:
         model: The network.

@@ -28,6 +28,13 @@ FIXES = {
 class Finding:
     """One place whose output equals its input, and what it makes of the gradient.
 
+    Example:
+        >>> import torch
+        >>> from grl_surgery import GradientReversal, find_reversals
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), GradientReversal(0.5), torch.nn.Linear(8, 2))
+        >>> [(row.where, row.factor, row.ok) for row in find_reversals(net, torch.randn(3, 4))]
+        [('1', -0.5, True)]
+
     Args:
         where: The place in words: a module's path, or what stands in which module's forward.
         kind: ``module``, ``function`` (an autograd Function called in a forward) or ``hook`` (on a tensor).

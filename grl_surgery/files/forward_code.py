@@ -20,8 +20,8 @@ def forward_lines(module: nn.Module, graph: fx.Graph, name: str) -> tuple[list[s
     Example:
         >>> net = nn.Sequential(nn.ReLU(), nn.ReLU())
         >>> graph = fx.symbolic_trace(net).graph
-        >>> forward_lines(net, graph, "forward")[0][1]
-        '    _0 = self[0](input)'
+        >>> forward_lines(net, graph, "forward")[0][-2:]
+        ['    _1 = self[1](_0)', '    return _1']
 
     Args:
         module: Whose attributes the graph calls.
