@@ -129,7 +129,8 @@ class GradientReversal(nn.Module):
         """Writes a new coefficient into the buffer, with no recompilation and no wait for a device.
 
         Set it before a forward. A backward still to come from an earlier forward keeps the old coefficient;
-        where that forward was compiled, the backward raises autograd's error about a modified tensor instead.
+        where that forward was compiled, the backward raises autograd's error about a modified tensor instead,
+        and where it ran under reentrant checkpointing, it runs again with the new one.
         Inside `reversal_disabled` the new coefficient takes effect when the context ends.
 
         Example:
@@ -196,9 +197,10 @@ class GradientReversal(nn.Module):
 def reversal_disabled(model: nn.Module) -> Iterator[None]:
     """Makes every `GradientReversal` in `model` the identity for the gradient too, until the context ends.
 
-    What counts is where the forward runs: the backward of a forward inside is not reversed, wherever it runs.
-    Nothing is recompiled, contexts nest, and an exception ends one like any other exit. Reversals written as
-    calls of `reverse_gradient` are not affected.
+    What counts is where the forward runs: the backward of a forward inside is not reversed, wherever it runs;
+    reentrant checkpointing runs the forward again in the backward. Nothing is recompiled, contexts nest, and
+    an exception ends one like any other exit. Reversals written as calls of `reverse_gradient` are not
+    affected.
 
     Inside, `layer.coeff` reads -1, the coefficient of an identity, and `repr(layer)` shows the coefficient to
     come back and the word disabled. `layer.set_coeff` sets the one to come back; writing into `layer.coeff`

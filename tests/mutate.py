@@ -29,6 +29,7 @@ BEGIN, END = "<!-- mutants: begin -->", "<!-- mutants: end -->"
 SURGERY = ("test_in_place.py", "test_splicing.py", "test_sharing.py", "test_points.py", "test_tracing.py")
 KINDS = ("test_kinds.py", "test_opaque.py")
 STATE = ("test_python_state.py", "test_kinds.py")
+HEADS = ("test_attaching.py",)
 SHARING = ("test_sharing.py", "test_scoped.py", "test_spliced_module.py")
 PROOF = ("test_verification.py", "test_broken_surgeries.py")
 REVERSAL = ("test_reversal.py",)
@@ -98,7 +99,7 @@ MUTANTS = [
     Mutant("tracing.py", "for mode in (True, False, None) if mode in variants", "for mode in variants"),
     Mutant("tracing.py", "for mode in (True, False) if read else ():", "for mode in () if read else ():"),
     Mutant("kinds.py", "if not traced or asks_for_proxy:", "if True:", KINDS),
-    Mutant("kinds.py", "            del names[asked]\n", "            pass\n", KINDS),
+    Mutant("kinds.py", "                del names[name]\n", "                pass\n", KINDS),
     Mutant("tracer.py", "if isinstance(value, (fx.Proxy, KINDS[kind])):", "if True:", KINDS),
     Mutant("tracer.py", "                raise Unseen(", "                print(", KINDS),
     Mutant("tracing.py", "                opened |= hidden\n                continue\n", "", KINDS),
@@ -165,7 +166,7 @@ MUTANTS = [
     Mutant("python_state.py", "                _put_back(value, content)\n", "                pass\n", STATE),
     Mutant("python_state.py", "_differs(value, content) and not _is_memo(value, content)", "False", STATE),
     Mutant("python_state.py", "not _is_from_inputs(item.node)", "True", STATE),
-    Mutant("kinds.py", '"type": _Asked("type", (), {})', '"type": type', STATE),
+    Mutant("kinds.py", 'type: _Asked("type", (), {})', "type: type", STATE),
     Mutant("in_place.py", "elif node.target is reverse_each:", "elif False:"),
     Mutant("scoped.py", "    if way is not None:\n", "    if False:\n", SHARING),
     Mutant("sharing.py", "            elif key != COMPILED:\n", "            else:\n", SHARING),
@@ -180,6 +181,27 @@ MUTANTS = [
     Mutant("comparison.py", "_kind(wanted) is not _kind(found) or ", "", PROOF),
     Mutant("measurement.py", "if same_bits(leaf.detach(), self.values[name].detach())", "if True", PROOF),
     Mutant("files/atomic_files.py", "        check(draft)\n", "", FILES),
+    Mutant("cutting.py", "    if not overwritten:\n        return node\n", "    return node\n", HEADS),
+    Mutant("cutting.py", ' if "for_head" not in user.meta]', "]", HEADS),
+    Mutant("opaque.py", "value.clone() if isinstance(value, torch.Tensor) else value", "value", HEADS),
+    Mutant("in_place.py", "if held.overwrites or not held.known:", "if held.overwrites:", HEADS),
+    Mutant(
+        "model_graph.py",
+        "    if failure:\n        with _nothing_kept",
+        "    if False:\n        with _nothing_kept",
+        HEADS,
+    ),
+    Mutant(
+        "model_graph.py", "random_state_kept(), python_state_kept(dict(model.named_modules())), ", "", STATE
+    ),
+    Mutant("tracer.py", "            self.kind_of_argument(node.node)\n", "            pass\n", KINDS),
+    Mutant("tracer.py", "        if given is type(None):\n", "        if False:\n", KINDS),
+    Mutant("python_state.py", "        value.cache_clear()\n", "        pass\n", STATE),
+    Mutant("in_place.py", "if is_bypassed or (call in shared", "if (call in shared"),
+    Mutant("oracle.py", "        if adopted:\n", "        if False:\n", ("test_diagnosis_adopting.py",)),
+    Mutant(
+        "files/program_archive.py", 'return node.attr == "size" and id(node) in called', "return True", FILES
+    ),
 ]
 
 
