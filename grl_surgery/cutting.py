@@ -331,7 +331,8 @@ def _attach(model: nn.Module, graph: fx.Graph, cut: Cut, names: Collection[str])
     if len(values) != len(places):
         raise SurgeryError(
             f"the head {cut.module!r} cannot be called in every mode, because "
-            f"{' and '.join(map(repr, places))} are not computed in train and in eval mode alike"
+            f"{' and '.join(map(repr, places))} {'is' if len(places) == 1 else 'are'} not computed in train "
+            "and in eval mode alike"
         )
     return _call_head(graph, cut.module, [_for_head(model, graph, value, items) for value, items in values])
 

@@ -339,23 +339,26 @@ def shapes_at(
     traced = apply_cuts(tree, [*cuts, *probes], given=given)
     tree._modules.update(modules)
     tree._modules.update((probe.module, nn.Identity()) for probe in probes)
-    graph = next(iter(traced.graphs.values()))
+    found = [(graph, _called(graph, probes)) for graph in traced.graphs.values()]  # one mode may lack a point
+    graph, nodes = next((row for row in found if None not in row[1]), found[0])
     inputs = bind_inputs(graph, example_inputs)
     shapes, failure = _shapes(tree, graph, traced.constants, inputs)
-    if failure:
+    if failure and not shapes.keys() >= set(nodes):
         with _nothing_kept(tree):
             shapes, failure = _recorded(tree, graph, traced.constants, inputs, clone)
-    found = {node.target: shapes.get(node) for node in graph.nodes if node.op == "call_module"}
-    missing = [probe for probe in probes if found.get(probe.module) is None]
-    if missing and failure:
+    point = next((point for point, node in zip(points, nodes, strict=True) if node not in shapes), None)
+    if point is not None and failure:
         what = does_not_run(f"this {type(model).__name__}", example_inputs, failure)
         raise ShapeError(what, example=RUNNING_INPUTS) from failure
-    if missing:
-        point = missing[0].at
-        raise ShapeError(
-            f"the value of {point!r} is not one tensor", example=f"one item of it, as in after='{point}[0]'"
-        )
-    return [found[probe.module] or () for probe in probes]
+    if point is not None:
+        example = f"one item of it, as in after='{point}[0]'"
+        raise ShapeError(f"the value of {point!r} is not one tensor", example=example)
+    return [shapes[node] for node in nodes if node]
+
+
+def _called(graph: fx.Graph, probes: Sequence[Cut]) -> list[fx.Node | None]:
+    calls = {node.target: node for node in graph.nodes if node.op == "call_module"}
+    return [calls.get(probe.module) for probe in probes]
 
 
 def check_runs(module: nn.Module, shapes: Sequence[tuple[int, ...]]) -> None:

@@ -187,8 +187,8 @@ MUTANTS = [
     Mutant("in_place.py", "if held.overwrites or not held.known:", "if held.overwrites:", HEADS),
     Mutant(
         "model_graph.py",
-        "    if failure:\n        with _nothing_kept",
-        "    if False:\n        with _nothing_kept",
+        "    if failure and not shapes.keys() >= set(nodes):\n",
+        "    if False:\n",
         HEADS,
     ),
     Mutant(
