@@ -502,6 +502,7 @@ def _reverse_uses(graph: fx.Graph, slots: Sequence[Slot], make_reversed: Callabl
 
 def _erase_boundaries(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
+        node.meta.pop("read_as", None)
         if node.target is boundary:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -140,6 +140,7 @@ def follow(model: nn.Module, graph: fx.Graph) -> None:
                 for user in list(same.users):
                     if places[user] > places[node]:
                         user.replace_input_with(same, node)
+                        node.meta.setdefault("read_as", {})[same] = None
 
 
 def _marked(node: fx.Node) -> Iterator[fx.Node]:
@@ -318,9 +319,10 @@ def refuse_lost_writes(
     Raises:
         SurgeryError: With the two places.
     """
+    calls = list(_reversed(graph, reversals))
+    _refuse_lost_passes(graph, {call: name for call, _, name in calls})
     if next(_suspects(model, graph), None) is None:
         return
-    calls = list(_reversed(graph, reversals))
     if not any(len(source.users) > 1 or _viewed(model, source, effects) for _, source, _ in calls):
         return  # whatever lies in the memory of a reversed value lies behind its reversal
     for node, value, read in hidden_writes(model, graph, effects):
@@ -330,6 +332,19 @@ def refuse_lost_writes(
             is_bypassed = source is node and read is not value and _may_be_one(model, value, read)
             if is_bypassed or (call in shared and (value in side) != (read in side)):
                 raise _lost(node, read, shared, f"between the two ({name}) would be lost on one of them")
+
+
+def _refuse_lost_passes(graph: fx.Graph, reversals: Mapping[fx.Node, str]) -> None:
+    """Refuse a reversal on the way through a block into which a value goes and comes out as the same tensor.
+
+    What reads it behind the block, after it has been overwritten, reads what overwrote it (:func:`follow`).
+    """
+    for node in graph.nodes:
+        for mark in node.meta.get("read_as", ()):
+            passed, overwritten_value = origin(mark), origin(node.args[0])
+            if passed in reversals and passed is not overwritten_value:
+                where = f"between the two ({reversals[passed]}) would be lost on one of them"
+                raise _lost(node, mark, [overwritten_value], where)
 
 
 def _may_be_one(model: nn.Module, first: fx.Node, second: fx.Node) -> bool:

@@ -631,3 +631,34 @@ def test_a_head_can_read_what_the_network_does_not_use():
     assert torch.equal(m(x)[1], m.domain.classifier(torch.tanh(model.a(x))))
     with pytest.raises(gs.SurgeryError, match="nothing uses the value after tanh"):
         gs.insert_grl(model, after="tanh")
+
+
+@pytest.mark.parametrize("inside", [[], ["block.lin"]], ids=["closed", "opened"])
+def test_a_reversal_before_a_block_that_hands_its_input_on_is_refused_if_that_is_overwritten_then(inside):
+    class HandsOn(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(6, 6)
+
+        def forward(self, x):
+            return self.lin(x), x
+
+    class Root(Layers):
+        def __init__(self):
+            super().__init__()
+            self.block = HandsOn()
+
+        def forward(self, x):
+            x = self.a(x)
+            change, same = self.block(x)
+            x.add_(change.detach())
+            return self.b(same)
+
+    spliced = Root()
+    for point in inside:
+        spliced = gs.insert_grl(spliced, after=point)
+    with pytest.raises(gs.SurgeryError, match=r"'add_' overwrites in place what .* reads again afterwards"):
+        gs.insert_grl(spliced, before="block")
+    report = gs.verify_flip(gs.insert_grl(spliced, after="a"), example_inputs=torch.randn(4, 6))
+    assert report.forward_identical
+    assert all(row.ok for row in report.parameters)
