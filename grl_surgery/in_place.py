@@ -329,7 +329,7 @@ def refuse_lost_writes(
         shared = memory(model, read, effects)
         for call, source, name in calls:
             side = memory(model, call, effects, behind=True)
-            is_bypassed = source is node and read is not value and _may_be_one(model, value, read)
+            is_bypassed = source is node and read is not value and _may_be_one(model, value, read, effects)
             if is_bypassed or (call in shared and (value in side) != (read in side)):
                 raise _lost(node, read, shared, f"between the two ({name}) would be lost on one of them")
 
@@ -347,13 +347,33 @@ def _refuse_lost_passes(graph: fx.Graph, reversals: Mapping[fx.Node, str]) -> No
                 raise _lost(node, mark, [overwritten_value], where)
 
 
-def _may_be_one(model: nn.Module, first: fx.Node, second: fx.Node) -> bool:
-    """Whether two items of a block's result may be one tensor, of which one name is overwritten."""
-    items = _called(first) == _called(second) == "getitem" and first.args[0] is second.args[0]
-    call = first.args[0] if items else None
-    if not isinstance(call, fx.Node) or call.op != "call_module" or call.meta.get("spliced"):
+def _may_be_one(model: nn.Module, first: fx.Node, second: fx.Node, effects: EffectsOf) -> bool:
+    """Whether two values may be one tensor: a block may return an argument of it, or one thing twice."""
+    seen: set[fx.Node] = set()
+    rest = [first]
+    while rest:
+        node = rest.pop()
+        if node not in seen:
+            seen.add(node)
+            for step in (node, *node.users):
+                if _hands_on(model, step, effects):
+                    rest += [step, *step.all_input_nodes]
+    return second in seen
+
+
+def _hands_on(model: nn.Module, node: fx.Node, effects: EffectsOf) -> bool:
+    if _called(node) == "getitem":
+        return _is_block(model, node.args[0])
+    if _is_block(model, node):
+        return effects(model.get_submodule(str(node.target))).returns
+    return node.target is boundary
+
+
+def _is_block(model: nn.Module, node: Any) -> bool:
+    """Whether it is a call of a module that is made of others, which the graph does not look into."""
+    if not isinstance(node, fx.Node) or node.op != "call_module" or node.meta.get("spliced"):
         return False
-    return not is_building_block(model.get_submodule(str(call.target)))
+    return not is_building_block(model.get_submodule(str(node.target)))
 
 
 def _reversed(graph: fx.Graph, names: Collection[str]) -> Iterator[tuple[fx.Node, fx.Node, str]]:

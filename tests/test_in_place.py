@@ -620,6 +620,26 @@ def test_a_reversal_after_an_overwritten_item_of_a_block_that_returns_one_tensor
     assert gs.verify_flip(gs.insert_grl(model, after="linear"), model, x).ok
 
 
+def test_a_reversal_after_the_overwriting_of_what_a_block_has_handed_on_is_refused():
+    class HandsOn(nn.Module):
+        def forward(self, x):
+            return {"twice": x * 2.0, "same": x}
+
+    class Root(Layers):
+        def __init__(self):
+            super().__init__()
+            self.block = HandsOn()
+
+        def forward(self, x):
+            x = self.a(x)
+            kept = self.block(x)["same"]
+            return self.b(torch.relu_(x)) + kept
+
+    with pytest.raises(gs.SurgeryError, match=r"'relu_?' overwrites in place what .* reads again afterwards"):
+        gs.insert_grl(Root(), after="relu_")
+    assert gs.verify_flip(gs.insert_grl(Root(), after="a"), example_inputs=torch.randn(4, 6)).ok
+
+
 def test_a_head_can_read_what_the_network_does_not_use():
     class Unused(Layers):
         def forward(self, x):
