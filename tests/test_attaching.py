@@ -196,6 +196,9 @@ def test_shapes_come_from_a_real_forward_where_code_looks_at_values():
     m = attach(model, "norm", example_inputs=inputs)
     assert int(model.norm.num_batches_tracked) == 0
     assert [value.shape for value in m.eval()(*inputs)] == [(3, 2), (4, 2)]
+    m = attach(model, "fc", example_inputs=inputs)
+    assert int(model.norm.num_batches_tracked) == 0
+    assert [value.shape for value in m.eval()(*inputs)] == [(3, 2), (3, 2)]
     with pytest.raises(gs.ShapeError, match=r"this Cuts does not run on inputs of 4x5, 2: .*running_mean"):
         attach(model, "norm", example_inputs=(torch.randn(4, 5), inputs[1]))
 

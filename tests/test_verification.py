@@ -7,7 +7,7 @@ import json
 import random
 import subprocess
 import sys
-from collections import OrderedDict
+from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -19,6 +19,7 @@ from small_networks import Constants, InPlace, Modes, Net, Shared, Tuples, Untra
 from torch import nn
 
 import grl_surgery as gs
+from grl_surgery.comparison import difference, form_of
 from grl_surgery.flip_report import FlipReport, ParameterFlip, ReversalFlip
 from grl_surgery.verification import _Verification
 
@@ -864,6 +865,7 @@ def test_a_spliced_reference_must_still_be_the_same_network():
 def test_printing_a_report_for_the_first_time_draws_no_random_number():
     program = """
 import random, sys
+from grl_surgery.comparison import difference, form_of
 from grl_surgery.flip_report import FlipReport
 assert "rich.style" not in sys.modules
 state = random.getstate()
@@ -872,3 +874,11 @@ assert "rich.style" in sys.modules
 assert random.getstate() == state
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_outputs_of_two_classes_of_one_name_differ():
+    first, second = (namedtuple("Pair", "logits count") for _ in range(2))
+    assert difference(form_of(first(1, 2)), form_of(first(1, 2))) == ""
+    assert difference(form_of(first(1, 2)), form_of(second(1, 2))).startswith(
+        "output is Pair(2), and Pair(2)"
+    )
