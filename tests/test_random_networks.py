@@ -247,7 +247,12 @@ def check(case: Case) -> str:
         torch.testing.assert_close(result[1], right[1])
 
     with untouched(model), untouched(spliced):
-        report = gs.verify_flip(spliced, model, tuple(map(case.given, inputs)))
+        try:
+            report = gs.verify_flip(spliced, model, tuple(map(case.given, inputs)))
+        except gs.SurgeryError as error:  # torch computes attention otherwise where inputs need no gradient
+            assert "itself fails" in str(error), error  # noqa: PT017
+            assert "modified by an inplace operation" in str(error), error  # noqa: PT017
+            return "invalid"
     silent = all(not g.any() for g in plain.values() if g is not None)
     if not report.ok and not silent:
         assert all(row.ok for row in report.parameters), report
