@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -210,14 +210,22 @@ def _is_unknown(node: fx.Node) -> bool:
 
 def memory(model: nn.Module, node: fx.Node, effects: EffectsOf, *, behind: bool = False) -> set[fx.Node]:
     """All nodes whose values may lie in the same memory as this one's; ``behind``: only it and its views."""
+
+    def next_to(node: fx.Node) -> list[fx.Node]:
+        views = [user for user in node.users if node in _viewed(model, user, effects)]
+        return views if behind else [*views, *_viewed(model, node, effects)]
+
+    return _reached(node, next_to)
+
+
+def _reached(start: fx.Node, next_to: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
     found: set[fx.Node] = set()
-    rest = [node]
+    rest = [start]
     while rest:
         node = rest.pop()
         if node not in found:
             found.add(node)
-            rest += [user for user in node.users if node in _viewed(model, user, effects)]
-            rest += [] if behind else _viewed(model, node, effects)
+            rest += next_to(node)
     return found
 
 
@@ -228,7 +236,7 @@ def overwritten_later(model: nn.Module, value: fx.Node, effects: EffectsOf) -> b
         if node is not value and not same.isdisjoint(node.all_input_nodes):
             if not same.isdisjoint(overwritten(model, node)):
                 return True
-            if node.op == "call_module" and not node.meta.get("spliced"):
+            if _is_block(model, node):
                 held = effects(model.get_submodule(str(node.target)))
                 if held.overwrites or not held.known:
                     return True
@@ -349,16 +357,12 @@ def _refuse_lost_passes(graph: fx.Graph, reversals: Mapping[fx.Node, str]) -> No
 
 def _may_be_one(model: nn.Module, first: fx.Node, second: fx.Node, effects: EffectsOf) -> bool:
     """Whether two values may be one tensor: a block may return an argument of it, or one thing twice."""
-    seen: set[fx.Node] = set()
-    rest = [first]
-    while rest:
-        node = rest.pop()
-        if node not in seen:
-            seen.add(node)
-            for step in (node, *node.users):
-                if _hands_on(model, step, effects):
-                    rest += [step, *step.all_input_nodes]
-    return second in seen
+
+    def next_to(node: fx.Node) -> list[fx.Node]:
+        steps = [step for step in (node, *node.users) if _hands_on(model, step, effects)]
+        return [same for step in steps for same in (step, *step.all_input_nodes)]
+
+    return second in _reached(first, next_to)
 
 
 def _hands_on(model: nn.Module, node: fx.Node, effects: EffectsOf) -> bool:

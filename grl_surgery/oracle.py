@@ -79,11 +79,11 @@ def with_reversals(model: nn.Module, reference: nn.Module, make: Callable[[], nn
 
 def without_adopted(model: nn.Module, reference: nn.Module) -> nn.Module:
     """The reference with the identity for every reversal of its own that one of ours took the place of."""
-    tree = share_copy(reference)
-    for path, cuts in _innermost_first(model):
-        adopted = [cut for cut in cuts if cut.kind == "instead"]
-        if adopted:
-            tree = _cut_again(tree, path, model.get_submodule(path), adopted, NoReversal)
+    by_part = ((path, [c for c in cuts if c.kind == "instead"]) for path, cuts in _innermost_first(model))
+    adopted = [(path, cuts) for path, cuts in by_part if cuts]
+    tree = share_copy(reference) if adopted else reference
+    for path, cuts in adopted:
+        tree = _cut_again(tree, path, model.get_submodule(path), cuts, NoReversal)
     return tree
 
 

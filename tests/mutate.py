@@ -199,7 +199,12 @@ MUTANTS = [
     Mutant("python_state.py", "        value.cache_clear()\n", "        pass\n", STATE),
     Mutant("in_place.py", "if is_bypassed or (call in shared", "if (call in shared"),
     Mutant("in_place.py", "    _refuse_lost_passes(graph, {call: name for call, _, name in calls})\n", ""),
-    Mutant("oracle.py", "        if adopted:\n", "        if False:\n", ("test_diagnosis_adopting.py",)),
+    Mutant(
+        "oracle.py",
+        "for path, cuts in by_part if cuts]",
+        "for path, cuts in by_part if False]",
+        ("test_diagnosis_adopting.py",),
+    ),
     Mutant(
         "files/program_archive.py", 'return node.attr == "size" and id(node) in called', "return True", FILES
     ),

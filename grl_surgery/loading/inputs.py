@@ -113,9 +113,15 @@ def _timm_size(model: nn.Module) -> tuple[int, ...] | None:
         return None
     channels, *size = config["input_size"]
     built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    # An older timm says the number of channels nowhere but in the layer that reads them.
-    first = dict(model.named_modules()).get(str(config.get("first_conv")))
-    return (getattr(model, "in_chans", None) or getattr(first, "in_channels", channels), *(built_for or size))
+    return (
+        getattr(model, "in_chans", None) or _channels_read(model, config) or channels,
+        *(built_for or size),
+    )
+
+
+def _channels_read(model: nn.Module, config: Mapping[str, Any]) -> int | None:
+    """The channels that the first layer reads: an older timm says them nowhere else."""
+    return getattr(dict(model.named_modules()).get(str(config.get("first_conv"))), "in_channels", None)
 
 
 def _torchvision_inputs(model: nn.Module) -> tuple[Any, ...] | None:
