@@ -1,14 +1,24 @@
 """Model surgery for gradient reversal: splice, prove, export.
 
-Importing this package imports neither torch nor any of its own modules but this one: each public name is
-looked up in its module when it is first used, so that ``grl-surgery --help`` answers at once.
+Importing this package imports no torch: each public name is looked up in its module when it is first used, so
+that ``grl-surgery --help`` answers at once. As soon as torch is imported, before or after, the operator of a
+reversal is registered, so that torch can load programs that hold it.
 """
 
 import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from grl_surgery import schedules
+    from grl_surgery.adaptation import validators
+    from grl_surgery.adaptation.pairing import paired
+    from grl_surgery.adaptation.probing import suggest_points
+    from grl_surgery.adaptation.runs import load_run, save_run
     from grl_surgery.attaching import attach_domain_head
     from grl_surgery.doctor.adopting import adopt
     from grl_surgery.doctor.diagnosing import assert_flips, diagnose, find_reversals
@@ -30,11 +40,21 @@ if TYPE_CHECKING:
     from grl_surgery.model_graph import ModelGraph
     from grl_surgery.model_graph import describe as graph
     from grl_surgery.points import Edge, GraphNode
+    from grl_surgery.pooling import FeaturePool
     from grl_surgery.reversal import GradientReversal, reversal_disabled, reverse_gradient
     from grl_surgery.schedules import CoefficientScheduler
-    from grl_surgery.splicing import insert_grl, reversals, strip
-    from grl_surgery.training import dann_lr, domain_loss, entropy_weights, param_groups
+    from grl_surgery.splicing import graph_module, insert_grl, reversals, strip
+    from grl_surgery.training import (
+        batch_norm_frozen,
+        dann_lr,
+        domain_loss,
+        entropy_weights,
+        param_groups,
+        set_train_mode,
+    )
     from grl_surgery.verification import verify_flip
+
+__version__: str
 
 # Where each public name lives, in the order in which a model flows through the modules; "module:name" where
 # it has another name there, "module:*" for the module itself.
@@ -62,6 +82,7 @@ _HOMES = {
     "reversals": "splicing",
     "attach_domain_head": "attaching",
     "strip": "splicing",
+    "graph_module": "splicing",
     "verify_flip": "verification",
     "FlipReport": "flip_report",
     "ParameterFlip": "flip_report",
@@ -77,10 +98,18 @@ _HOMES = {
     "entropy_weights": "training",
     "param_groups": "training",
     "dann_lr": "training",
+    "set_train_mode": "training",
+    "batch_norm_frozen": "training",
+    "FeaturePool": "pooling",
     "AdversarialMetrics": "metrics",
     "proxy_a_distance": "metrics",
     "export": "exporting",
     "load": "exporting",
+    "suggest_points": "adaptation.probing",
+    "validators": "adaptation.validators:*",
+    "paired": "adaptation.pairing",
+    "save_run": "adaptation.runs",
+    "load_run": "adaptation.runs",
 }
 
 __all__ = [
@@ -93,6 +122,7 @@ __all__ = [
     "DomainHead",
     "Edge",
     "ExportError",
+    "FeaturePool",
     "Finding",
     "FlipError",
     "FlipReport",
@@ -109,6 +139,7 @@ __all__ = [
     "adopt",
     "assert_flips",
     "attach_domain_head",
+    "batch_norm_frozen",
     "dann_lr",
     "diagnose",
     "domain_loss",
@@ -116,22 +147,62 @@ __all__ = [
     "export",
     "find_reversals",
     "graph",
+    "graph_module",
     "insert_grl",
     "load",
+    "load_run",
+    "paired",
     "param_groups",
     "proxy_a_distance",
     "reversal_disabled",
     "reversals",
     "reverse_gradient",
+    "save_run",
     "schedules",
+    "set_train_mode",
     "strip",
+    "suggest_points",
+    "validators",
     "verify_flip",
 ]
+
+
+class _AfterTorch(importlib.abc.MetaPathFinder):
+    """Imports the operator of a reversal when somebody has imported torch."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """Finds torch where the others find it, with one line more to run at the end of its import."""
+        if name != "torch":
+            return None
+        others = [finder for finder in sys.meta_path if finder is not self]
+        found = (finder.find_spec(name, path, target) for finder in others)
+        spec = next((spec for spec in found if spec is not None), None)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def run_and_register(module: ModuleType) -> None:
+                run(module)
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
+                importlib.import_module(f"{__name__}.reversal")
+
+            spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
+        return spec
+
+
+if sys.modules.get("torch") is None:
+    sys.meta_path.insert(0, _AfterTorch())
+else:
+    importlib.import_module(f"{__name__}.reversal")
 
 # Hidden from type checkers, which would otherwise take every misspelt name for one that exists.
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> object:
+        if name == "__version__":
+            return importlib.import_module("importlib.metadata").version("grl-surgery")
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         module, _, attribute = _HOMES[name].partition(":")

@@ -9,14 +9,12 @@ vanishes without a word when a network is traced or exported, so `reverse_gradie
 3. plain execution, also under `torch.func` transforms: an autograd function that copies nothing.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import numbers
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, no_type_check
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +25,10 @@ from torch._C import (
     _is_tracing,
     _len_torch_dispatch_stack,
 )
-from torch._decomp import register_decomposition
+from torch._guards import CompileContext
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.onnx import register_custom_op_symbolic  # type: ignore[attr-defined]
 from torch.overrides import handle_torch_function, has_torch_function
 
 from grl_surgery.arguments import check_network
@@ -38,7 +37,7 @@ from grl_surgery.errors import ShapeError, SurgeryError
 __all__ = ["GradientReversal", "reversal_disabled", "reverse_gradient"]
 
 
-def reverse_gradient(x: Tensor, coeff: float | Tensor = 1.0) -> Tensor:
+def reverse_gradient(x: Tensor, coeff: float | Tensor = 1.0, *, signed: bool = False) -> Tensor:
     """Returns `x` unchanged and multiplies the gradient that flows back through it by `-coeff`.
 
     The result shares the memory of `x`: nothing is copied, and an in-place operation on the result is also
@@ -63,21 +62,24 @@ def reverse_gradient(x: Tensor, coeff: float | Tensor = 1.0) -> Tensor:
             finite number that is not negative, a 0-d tensor, or a `(B,)` tensor with one coefficient for each
             of the `B` samples along the first dimension of `x`. The values of a tensor are not checked, since
             reading them would make the host wait for the device.
+        signed: Whether a number may be negative, which does not reverse the gradient.
 
     Returns:
         A tensor equal to `x` bit for bit.
 
     Raises:
         ShapeError: `x` is not a tensor or cannot have a gradient, or `coeff` has none of the shapes above.
-        SurgeryError: `coeff` is a number that is negative, infinite or nan, or is not a real number at all.
+        SurgeryError: `coeff` is a number that is negative where `signed` is not set, infinite or nan, or is
+            not a real number at all.
     """
     if has_torch_function((x, coeff)):
-        return handle_torch_function(reverse_gradient, (x, coeff), x, coeff=coeff)
+        words = {"signed": True} if signed else {}
+        return handle_torch_function(reverse_gradient, (x, coeff), x, coeff=coeff, **words)
     _check_input(x)
     if isinstance(coeff, Tensor):
         coeff = _per_sample(coeff, x)
     else:
-        _check_number(coeff)
+        _check_number(coeff, signed)
     if _is_recording():
         return _with_operator(x, coeff)
     rule = _TransformedReversal if _are_functorch_transforms_active() else _Reversal
@@ -103,27 +105,37 @@ class GradientReversal(nn.Module):
     Args:
         coeff: A number from 0 to the largest of float32, to which it is rounded, or a 0-d tensor holding one.
             The value of a tensor is checked where it lies in the memory of the host.
+        signed: Whether the coefficient may be negative, now or later. A negative one does not reverse the
+            gradient; a schedule may go from -1 to 1 on purpose.
 
     Raises:
-        SurgeryError: `coeff` is negative, infinite, nan, or not a real number at all.
+        SurgeryError: `coeff` is negative where `signed` is not set, infinite, nan, or not a real number.
         ShapeError: `coeff` is a tensor with dimensions.
     """
 
     coeff: Tensor
+    signed: bool = False
 
     # The coefficient itself while `reversal_disabled` has put a stand-in into its place; in a tuple, since
     # whoever looks for numbers among the attributes of a layer would take it for one.
     _suspended: tuple[Tensor] | None = None
 
-    def __init__(self, coeff: float | Tensor = 1.0) -> None:
+    def __init__(self, coeff: float | Tensor = 1.0, *, signed: bool = False) -> None:
         super().__init__()
-        _check_scalar(coeff)
+        _check_scalar(coeff, signed)
+        self.signed = signed
         value = coeff.detach() if isinstance(coeff, Tensor) else _as_buffer(coeff)
-        self.register_buffer("coeff", value.to(torch.float32, copy=True), persistent=False)
+        # Not by register_buffer: loaders replace it to put new buffers on the meta device, and fill those
+        # that it calls non-persistent with whatever lies in memory. The state_dict leaves this one out below.
+        with torch.inference_mode(False):  # in which autograd could not save the coefficient for a backward
+            self._buffers["coeff"] = value.to(torch.float32, copy=True)
 
+    @no_type_check  # torch.jit.script reads this code, and takes a comment for mypy for one of its own
     def forward(self, x: Tensor) -> Tensor:
         """Returns `x`; see `reverse_gradient`."""
-        return reverse_gradient(x, self._buffers["coeff"])  # type: ignore[arg-type]  # self.coeff is a slow call
+        if torch.jit.is_scripting():
+            return torch.ops.grl_surgery.reverse_gradient(x, self.coeff)
+        return reverse_gradient(x, self._buffers["coeff"])  # self.coeff is a slow call
 
     def set_coeff(self, coeff: float | Tensor) -> None:
         """Writes a new coefficient into the buffer, with no recompilation and no wait for a device.
@@ -143,14 +155,18 @@ class GradientReversal(nn.Module):
             coeff: As for the layer.
 
         Raises:
-            SurgeryError: `coeff` is negative, infinite, nan, or not a real number at all.
+            SurgeryError: `coeff` is negative where the layer is not signed, infinite, nan, or not a real
+                number.
             ShapeError: `coeff` is a tensor with dimensions.
         """
-        _check_scalar(coeff)
+        _check_scalar(coeff, self.signed)
+        own = self._own_coeff()
+        if torch.compiler.is_compiling():  # which can keep a number symbolic through a product, not fill_
+            coeff = torch.ones_like(own) * coeff
         with torch.no_grad():
-            self._own_coeff().fill_(coeff)
+            own.copy_(coeff) if isinstance(coeff, Tensor) else own.fill_(coeff)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GradientReversal:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GradientReversal":
         # half() would round the coefficient for good, to_empty() forget it, and meta has no values.
         before = self._held()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -159,9 +175,23 @@ class GradientReversal(nn.Module):
             self._hold(before if moved.device.type == "meta" else before.to(moved.device))
         return self
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Saves nothing: a network has the same checkpoints with and without the layer."""
+
+    def _load_from_state_dict(self, *_: Any) -> None:
+        """Loads nothing, and misses nothing."""
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yields the coefficient, but not to those who ask each module for what it has to load or offload."""
+        return super().named_buffers(prefix, recurse, remove_duplicate) if recurse else iter(())
+
     def extra_repr(self) -> str:
         """Returns the argument that rebuilds the layer; `?` where it has no value, as inside a tracer."""
-        return f"coeff={_shown(self._own_coeff())}" + ("" if self._suspended is None else ", disabled")
+        words = [f"coeff={_shown(self._own_coeff())}"]
+        words += ["signed=True"] * self.signed + ["disabled"] * (self._suspended is not None)
+        return ", ".join(words)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy made inside `reversal_disabled` has no context that would ever enable it again, and a shallow
@@ -259,23 +289,23 @@ def _described(value: object) -> str:
     return "None" if value is None else f"of type {type(value).__name__}"
 
 
-def _check_number(coeff: object) -> None:
+def _check_number(coeff: object, signed: bool = False) -> None:
     if not isinstance(coeff, (int, float, torch.SymFloat, numbers.Real)):
         raise SurgeryError(
             f"coeff is of type {type(coeff).__name__}; it must be a number or a tensor", example="coeff=0.5"
         )
     # Compared, so that a compiler may keep the number symbolic; nan fails every comparison.
-    if not 0.0 <= cast(float, coeff) < math.inf:
+    if not (-math.inf if signed else 0.0) <= cast(float, coeff) < math.inf or coeff == -math.inf:
         raise SurgeryError(
-            f"coeff is {coeff}; it must be finite and not negative: the gradient is multiplied by -coeff, so "
-            "that a negative one un-reverses it, and infinity or nan destroys it",
-            example="coeff=0.5",
+            f"coeff is {coeff}; it must be finite{'' if signed else ' and not negative'}: the gradient is "
+            "multiplied by -coeff, so that a negative one un-reverses it, and infinity or nan destroys it",
+            example="coeff=0.5" if signed else "coeff=0.5, or GradientReversal(-0.5, signed=True) on purpose",
         )
 
 
-def _check_float32(coeff: float) -> None:
-    _check_number(coeff)
-    if coeff > _LARGEST:
+def _check_float32(coeff: float, signed: bool) -> None:
+    _check_number(coeff, signed)
+    if abs(coeff) > _LARGEST:
         raise SurgeryError(
             f"coeff is {str(coeff)[:40]}; a layer keeps it in float32, where it would be infinite",
             example="coeff=0.5",
@@ -285,9 +315,9 @@ def _check_float32(coeff: float) -> None:
 _LARGEST = torch.finfo(torch.float32).max
 
 
-def _check_scalar(coeff: float | Tensor) -> None:
+def _check_scalar(coeff: float | Tensor, signed: bool) -> None:
     if not isinstance(coeff, Tensor):
-        _check_float32(coeff)
+        _check_float32(coeff, signed)
         return
     _check_coeff_dtype(coeff)
     if coeff.dim() != 0:
@@ -300,7 +330,7 @@ def _check_scalar(coeff: float | Tensor) -> None:
         raise SurgeryError("coeff is on the meta device, where it has no value", example="coeff=0.5")
     # Reading from another device would make the host wait for it; a subclass may hold no value at all.
     if type(coeff) is Tensor and coeff.device.type == "cpu" and not _is_recording():
-        _check_float32(coeff.detach().item())
+        _check_float32(coeff.detach().item(), signed)
 
 
 def _as_buffer(coeff: float) -> Tensor:
@@ -466,8 +496,8 @@ def _has_tangent(x: Tensor) -> bool:
 #   _are_functorch_transforms_active            test_a_transform_never_overwrites_the_input_of_a_reversal
 #   torch._C._AutoDispatchBelowAutograd         test_the_operator_reverses_for_the_autograd_engine
 #   "FuncTorchDynamicLayerFrontMode"            test_the_operator_reverses_under_function_transforms
-#   torch._decomp.register_decomposition        test_a_compiled_distributed_tensor_is_reversed
-#   torch._inductor.decomposition               test_inductor_generates_no_code_for_the_forward_of_a_reversal
+#   CompileContext, _get_dispatch_mode          test_inductor_generates_no_code_for_the_forward_of_a_reversal
+#   torch._inductor.virtualized                 test_a_package_of_aot_inductor_runs_without_this_library
 #   _is_tracing                                 test_the_gradient_is_reversed_in[jit_trace]
 #   _len_torch_dispatch_stack, get_proxy_mode   test_make_fx_keeps_the_reversal
 #   _dispatch_tls_is_dispatch_key_included, DispatchKey.PreDispatch: the same
@@ -481,6 +511,9 @@ class _OperatorReversal(_TransformedReversal):
 
     @staticmethod
     def forward(x: Tensor, coeff: Tensor) -> Tensor:  # type: ignore[override]
+        # Whoever records from here on gets the operator, unless it has taken the gradient already.
+        if get_proxy_mode() is None or _compiler_has_the_gradient():
+            return x.clone()
         with torch._C._AutoDispatchBelowAutograd():
             return cast(Tensor, _operator(x, coeff))
 
@@ -521,32 +554,33 @@ def _with_gradient(x: Tensor, coeff: float | Tensor) -> Tensor:
     return cast(Tensor, _OperatorReversal.apply(x, coeff))
 
 
+def _compiler_has_the_gradient() -> bool:
+    """Whether a compiler records what autograd has gone through, so that a copy is all that is left.
+
+    It then sees a copy, which costs nothing, where the operator would be a call that it cannot look into.
+    Both tests are needed: backends that record the forward alone run inside a compilation too, and
+    `ExportedProgram.run_decompositions` records without gradients what is to be differentiated later.
+    """
+    return _in_functional_mode() and (CompileContext.current_compile_id() is not None or _is_aot_inductor())
+
+
+def _in_functional_mode() -> bool:
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FUNCTIONAL) is not None
+
+
+def _is_aot_inductor() -> bool:
+    # Only looked at: Inductor takes seconds to import.
+    inductor: Any = sys.modules.get("torch._inductor.virtualized")
+    return inductor is not None and inductor.V.aot_compilation is True
+
+
 def _copied(x: Tensor, coeff: Tensor) -> Tensor:
     # The schema declares no alias, so the output must not be one.
     return x.clone()
 
 
 def _without_values(x: Tensor, coeff: Tensor) -> Tensor:
-    _tell_inductor()
     return torch.empty_like(x)
-
-
-def _tell_inductor() -> None:
-    """Lets Inductor see the copy as a copy, which it removes, instead of as a call it cannot look into.
-
-    Importing Inductor takes seconds, so this waits until someone else has, and is called whenever a graph is
-    recorded. Without it everything is still right, only slower.
-    """
-    inductor: Any = sys.modules.get("torch._inductor.decomposition")
-    for table in _decomposition_tables(inductor):
-        table.setdefault(_operator, _copied)
-
-
-def _decomposition_tables(inductor: Any) -> list[dict[Any, Any]]:
-    try:
-        return [inductor.decompositions, inductor.select_decomp_table()]
-    except AttributeError:  # Not imported yet, or only half.
-        return []
 
 
 _library = torch.library.Library("grl_surgery", "DEF")  # type: ignore[no-untyped-call]
@@ -562,5 +596,7 @@ for _key, _kernel in {
 }.items():
     _library.impl("reverse_gradient", _kernel, _key)  # type: ignore[no-untyped-call]
 torch.library.register_fake("grl_surgery::reverse_gradient", _without_values, lib=_library)
-# How DTensor learns what becomes of a sharding.
-register_decomposition(_operator)(_copied)
+# The exporter of ONNX that goes by torch.jit.trace; the other one goes by torch.export, and sees a copy.
+register_custom_op_symbolic(
+    "grl_surgery::reverse_gradient", lambda graph, x, coeff: graph.op("Identity", x).setType(x.type()), 1
+)

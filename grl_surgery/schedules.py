@@ -7,6 +7,7 @@ in eval, not behind a hook. The coefficient changes where the training loop call
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -78,6 +79,10 @@ def check_schedule(schedule: object) -> None:
 _check_number = partial(check_number, example="dann(hi=0.3)")
 
 
+def _magnitude(value: Any) -> Any:
+    return abs(value) if isinstance(value, Real) else value
+
+
 def _clamp(value: float, lo: float, hi: float) -> float:
     """``value`` within its bounds: the last rounding must not turn a coefficient of 0 negative."""
     return min(max(value, min(lo, hi)), max(lo, hi))
@@ -126,10 +131,11 @@ class _Constant(Schedule):
 class _Linear(Schedule):
     lo: float
     hi: float
+    signed: bool = False
 
     def __post_init__(self) -> None:
-        _check_number("lo", self.lo)
-        _check_number("hi", self.hi)
+        for name, value in (("lo", self.lo), ("hi", self.hi)):
+            _check_number(name, _magnitude(value) if self.signed else value)
 
     def at(self, p: float) -> float:
         return _clamp((1.0 - p) * self.lo + p * self.hi, self.lo, self.hi)
@@ -216,7 +222,7 @@ def constant(value: float) -> Schedule:
     return _Constant(value)
 
 
-def linear(lo: float = 0.0, hi: float = 1.0) -> Schedule:
+def linear(lo: float = 0.0, hi: float = 1.0, *, signed: bool = False) -> Schedule:
     """From ``lo`` at p = 0 in a straight line to ``hi`` at p = 1; falling where ``hi`` is the smaller one.
 
     Example:
@@ -226,11 +232,12 @@ def linear(lo: float = 0.0, hi: float = 1.0) -> Schedule:
     Args:
         lo: Coefficient at the start.
         hi: Coefficient at the end.
+        signed: Whether they may be negative; then every reversal that is driven must be signed as well.
 
     Raises:
-        SurgeryError: One is no finite number, or negative.
+        SurgeryError: One is no finite number, or negative where ``signed`` is not set.
     """
-    return _Linear(lo, hi)
+    return _Linear(lo, hi, signed)
 
 
 def dann(lo: float = 0.0, hi: float = 1.0, gamma: float = 10.0) -> Schedule:
@@ -337,7 +344,10 @@ _FACTORY: dict[type, str] = {
 def _parameters(schedule: object) -> dict[str, Any]:
     if not is_dataclass(schedule):
         return {}
-    return {field.name: getattr(schedule, field.name) for field in fields(schedule)}
+    values = {field.name: getattr(schedule, field.name) for field in fields(schedule)}
+    if values.get("signed") is False:  # so that it is the schedule that older checkpoints name
+        del values["signed"]
+    return values
 
 
 def _describe(schedule: object) -> str:
@@ -415,6 +425,7 @@ class CoefficientScheduler:
             example="CoefficientScheduler(model, dann(), total_steps=epochs * len(loader))",
         )
         self._reversals = _select(_find(target), only)
+        self._warned = False
         self._move_to(0)
 
     @property
@@ -435,16 +446,17 @@ class CoefficientScheduler:
     def step(self) -> None:
         """Set the coefficient of the next training step.
 
-        Raises:
-            SurgeryError: All ``total_steps`` steps were made. The coefficient stays as it is.
+        After all ``total_steps`` steps it warns once, and the coefficient stays as it is.
         """
-        if self._steps_done == self.total_steps:
-            raise SurgeryError(
-                f"the schedule ends after {self.total_steps} steps, and all of them were made: plan with as "
-                "many steps as there are calls of step(), or stop calling it then: the coefficient stays",
-                example=f"CoefficientScheduler(model, schedule, total_steps={2 * self.total_steps})",
+        if self._steps_done < self.total_steps:
+            self._move_to(self._steps_done + 1)
+        elif not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the schedule ends after {self.total_steps} steps, and all of them were made: the "
+                f"coefficient stays at {self._coeff:.4g} from now on; a longer run needs more total_steps",
+                stacklevel=2,
             )
-        self._move_to(self._steps_done + 1)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the run stands and of which schedule, in plain Python types."""
@@ -488,7 +500,11 @@ class CoefficientScheduler:
     def _move_to(self, step: int) -> None:
         """Compute first, then change: an error leaves everything as it was."""
         coeff = _at_step(self.schedule, step, self.total_steps)
-        _check_number(f"the schedule's value at step {step} of {self.total_steps}", coeff)
+        signed = all(layer.signed for layer in self._reversals.values())
+        _check_number(
+            f"the schedule's value at step {step} of {self.total_steps}",
+            _magnitude(coeff) if signed else coeff,
+        )
         for reversal in self._reversals.values():
             reversal.set_coeff(coeff)
         self._steps_done, self._coeff = step, float(coeff)

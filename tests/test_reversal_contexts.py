@@ -7,18 +7,14 @@ is known by calculus and exact in every context.
 
 import io
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pasted_reversals
 import pytest
 import torch
-import torch._dynamo
-import torch._functorch.config as functorch_config
-import torch._inductor.config
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch._inductor.utils import run_and_get_code
 from torch.autograd import forward_ad
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -65,7 +61,7 @@ def gradient_at_input(function: Callable[[Tensor], Tensor]) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def nothing_compiled_before() -> None:
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 # --- Contexts
@@ -408,10 +404,19 @@ def reversed_by(coeff: float) -> Tensor:
     return -coeff * PLAIN_GRADIENT
 
 
-def compiled_and_counted(
-    model: Callable[..., Tensor],
-) -> tuple[Callable[..., Tensor], CompileCounterWithBackend]:
-    counter = CompileCounterWithBackend("aot_eager")
+class Counter:
+    """The backend of torch that runs compiled graphs as they are, and how many it was given."""
+
+    def __init__(self) -> None:
+        self.frame_count = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        self.frame_count += 1
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+
+def compiled_and_counted(model: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], Counter]:
+    counter = Counter()
     return torch.compile(model, backend=counter, fullgraph=True), counter
 
 
@@ -525,7 +530,7 @@ def test_a_recorded_reversal_of_a_tuple_says_what_to_choose(record: Callable[[nn
 def test_a_negative_number_is_refused_by_compiled_code(fullgraph: bool) -> None:
     compiled = torch.compile(lambda x: reverse_gradient(x, -1.0), backend="aot_eager", fullgraph=fullgraph)
     # With fullgraph torch raises an error of its own, before 2.15 without the words of ours.
-    refusal = torch._dynamo.exc.Unsupported if fullgraph else SurgeryError
+    refusal = RuntimeError if fullgraph else SurgeryError
     with pytest.raises(refusal) as caught:
         compiled(INPUT)
     if not fullgraph or torch.__version__ >= "2.15":
@@ -610,12 +615,13 @@ def built_by_inductor(operation: nn.Module) -> tuple[list[str], list[Tensor]]:
     """Returns the code of the forward and of the backward, and the gradients of the parameters."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3), operation, nn.Linear(3, 2))
+    # Private, but only what reads the code: the compilation is a user's. A graph out of the cache
+    # would have no code to look at, and might be an old one.
+    from torch._inductor.utils import run_and_get_code
+
     compiled = torch.compile(model, fullgraph=True)
-    # A graph out of the cache would have no code to look at, and might be an old one.
-    with (
-        torch._inductor.config.patch(fx_graph_cache=False),
-        functorch_config.patch(enable_autograd_cache=False),
-    ):
+    with torch.compiler.config.patch(force_disable_caches=True), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "dynamo_pgo force disabled")
         _, code = run_and_get_code(lambda: compiled(INPUT).sum().backward())
     return code, [parameter.grad for parameter in model.parameters()]
 
