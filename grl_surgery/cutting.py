@@ -21,9 +21,10 @@ from grl_surgery.errors import (
     SurgeryError,
     TracingError,
 )
+from grl_surgery.head_outputs import add_logits
 from grl_surgery.in_place import overwritten_later, refuse_lost_writes, refuse_unseen_reads
-from grl_surgery.links import is_size, links, origin, rewrite
-from grl_surgery.opaque import opaque_graph, pick, reverse_each, tap
+from grl_surgery.links import boundary, is_size, links, origin, rewrite
+from grl_surgery.opaque import reverse_each
 from grl_surgery.points import (
     Edge,
     ancestors,
@@ -33,9 +34,9 @@ from grl_surgery.points import (
     split_items,
     split_number,
 )
-from grl_surgery.spliced_module import Cut, SplicedModule, refuse_as_graph, taken_apart
+from grl_surgery.spliced_module import Cut, SplicedModule, disassemble, refuse_as_graph
 from grl_surgery.trace_copy import is_building_block
-from grl_surgery.tracer import boundary, returns_several
+from grl_surgery.tracer import returns_several
 from grl_surgery.tracing import Trace, around_aliases, module_paths, trace
 
 __all__ = ["apply_cuts", "modules_to_open", "replace_item", "retrace"]
@@ -55,7 +56,7 @@ def apply_cuts(
     cuts: Sequence[Cut],
     *,
     opened: Collection[str] = (),
-    given: Mapping[str, type] | None = None,
+    given: Collection[str] = (),
     lenient: bool = False,
 ) -> Trace:
     """Trace a network as deep as the cuts need and make them, in order.
@@ -65,9 +66,8 @@ def apply_cuts(
         cuts: What to splice in. The network must not hold the modules that they name: a forward that calls
             all children, as Sequential's does, would call them too.
         opened: Modules to trace through besides those that enclose a cut.
-        given: Arguments of the root's forward that stay arguments though they have a default, and of which
-            class they are.
-        lenient: Keep a module as one call where its forward cannot be traced.
+        given: Arguments of the root's forward that are passed, where the graph is only looked at.
+        lenient: For a graph that is only looked at; see :func:`trace`.
 
     Returns:
         The trace, its graphs edited.
@@ -77,12 +77,9 @@ def apply_cuts(
         ShapeError: The value there is a size, or a tuple of which one item must be chosen.
         TracingError: A forward that encloses a cut cannot be traced.
     """
-    if cuts and all(cut.kind == "tapped" or cut.is_at_output for cut in cuts):
-        traced = _untraced(cuts)
-    else:
-        refuse_as_graph(model)
-        traced = trace(model, modules_to_open(model, cuts) | set(opened), given=given, lenient=lenient)
-        _refuse_handed_over(model, traced, cuts)
+    refuse_as_graph(model)
+    traced = trace(model, modules_to_open(model, cuts) | set(opened), given=given, lenient=lenient)
+    _refuse_handed_over(model, traced, cuts)
     names = dict.fromkeys(traced.names())
     for cut in cuts:
         try:
@@ -157,27 +154,15 @@ def _whole(value: fx.Node) -> fx.Node:
     return value
 
 
-def _untraced(cuts: Sequence[Cut]) -> Trace:
-    """One call of the network's forward, which nothing here needs to look into."""
-    heads = [cut for cut in cuts if cut.kind == "tapped"]
-    names = [name for cut in heads for name in (cut.module, f"{cut.module}.condition")[: len(cut.points)]]
-    return Trace({(): opaque_graph(names)}, (), {}, frozenset(), {})
-
-
-def retrace(model: SplicedModule, opened: Collection[str]) -> Trace:
-    """The graphs of a spliced network again, traced deeper where that is possible."""
-    original, _ = taken_apart(model)
-    surgery = model.grl_surgery
+def retrace(model: SplicedModule, opened: Collection[str], given: Collection[str] = ()) -> Trace:
+    """The graphs of a spliced network again, to be looked at, traced deeper where that is possible."""
+    original, _, _ = disassemble(model)
     opened = {path for path, _ in original.named_modules()} & set(opened)
-    return apply_cuts(original, surgery.cuts, opened=opened, given=surgery.arguments, lenient=True)
+    return apply_cuts(original, model.grl_surgery.in_graph, opened=opened, given=given, lenient=True)
 
 
 def _cut(model: nn.Module, graph: fx.Graph, cut: Cut, names: Collection[str]) -> int:
     """Make one cut in one graph; returns how many uses of a value it changed."""
-    if cut.kind == "tapped":
-        return _call_head(graph, cut.module, [n for n in graph.nodes if _is_tap_of(n, cut.module)])
-    if cut.is_at_output:
-        return _cut_output(graph, cut)
     if isinstance(cut.at, Edge):
         known = dict.fromkeys([*names, *(name for node in graph.nodes for name in _names_of(node))])
         source, target = (_find(model, end, known) for end in (cut.at.source, cut.at.target))
@@ -191,8 +176,6 @@ def _cut(model: nn.Module, graph: fx.Graph, cut: Cut, names: Collection[str]) ->
         return _attach(model, graph, cut, names)
     if cut.kind == "instead":
         return _replace(graph, _named(graph, _find(model, cut.at, names)), cut.module)
-    if cut.kind == "tap":
-        return sum(_tap(graph, *value, cut.module) for value in _values(model, graph, cut.at, names))
     return sum(_cut_after(model, graph, *value, cut) for value in _values(model, graph, cut.at, names))
 
 
@@ -334,19 +317,47 @@ def _attach(model: nn.Module, graph: fx.Graph, cut: Cut, names: Collection[str])
             f"{' and '.join(map(repr, places))} {'is' if len(places) == 1 else 'are'} not computed in train "
             "and in eval mode alike"
         )
-    return _call_head(graph, cut.module, [_for_head(model, graph, value, items) for value, items in values])
+    inputs = [_for_head(model, graph, value, items) for value, items in values]
+    return _call_head(model, graph, cut.module, inputs)
 
 
-def _call_head(graph: fx.Graph, module: str, inputs: Sequence[fx.Node]) -> int:
+def _call_head(model: nn.Module, graph: fx.Graph, module: str, inputs: Sequence[fx.Node]) -> int:
     output = next(iter(reversed(graph.nodes)))
     with graph.inserting_before(output):
         logits = _call(graph, module, *inputs)
     logits.meta["for_head"] = True
-    heads = output.meta.get("heads", 0)
-    returned: Any = output.args[0] if heads else (output.args[0],)
-    output.args = ((*returned, logits),)
-    output.meta["heads"] = heads + 1
+    (returned,) = output.args
+    if isinstance(returned, fx.Node) and returned.target is add_logits:
+        value, names, *others = returned.args
+        with graph.inserting_before(output):
+            output.args = (graph.call_function(add_logits, (value, [*names, module], *others, logits)),)  # type: ignore[misc]
+        graph.erase_node(returned)
+    elif heads := output.meta.get("heads", 0):
+        output.args = ((*returned, logits),)
+        output.meta["heads"] = heads + 1
+    elif _is_flat(model, returned):
+        output.args = ((returned, logits),)
+        output.meta["heads"] = 1
+    else:
+        with graph.inserting_before(output):
+            output.args = (graph.call_function(add_logits, (returned, [module], logits)),)
     return 1
+
+
+def _is_flat(model: nn.Module, returned: Any) -> bool:
+    """Whether it is certain that a network returns a tensor, a tuple or a list: nothing with names."""
+    if not isinstance(returned, fx.Node):
+        return not isinstance(returned, dict) and not hasattr(returned, "_fields")
+    value = origin(returned)
+    while value.meta.get("spliced"):
+        value = origin(value.args[0])  # type: ignore[arg-type]
+    if value.op == "call_module":
+        return is_building_block(model.get_submodule(str(value.target)))
+    return value.op in ("call_method", "get_attr") or (
+        value.op == "call_function"
+        and not isinstance(value.target, type)
+        and value.target is not reverse_each
+    )
 
 
 def _for_head(model: nn.Module, graph: fx.Graph, value: fx.Node, items: Sequence[Any]) -> fx.Node:
@@ -367,38 +378,6 @@ def _picked_for_head(graph: fx.Graph, value: fx.Node, items: Sequence[Any]) -> f
     for node in picked:
         node.meta["for_head"] = True
     return picked[-1] if picked else value
-
-
-def _is_tap_of(node: fx.Node, head: str) -> bool:
-    return node.meta.get("tap") in (head, f"{head}.condition")
-
-
-def _tap(graph: fx.Graph, value: fx.Node, items: Sequence[Any], name: str) -> int:
-    """Hand the value out to a head that is called when the whole network has run."""
-    node = _picked_for_head(graph, value, items)
-    with _inserting_after(graph, node):
-        graph.call_function(tap, (node, name)).meta["for_head"] = True
-    return 1
-
-
-# ------------------------------------------------------------------------------------- what leaves the root
-
-
-def _cut_output(graph: fx.Graph, cut: Cut) -> int:
-    """Reverse, or hand out, what the network returns as a whole, or one item of it."""
-    assert isinstance(cut.at, str)
-    _, items = split_items(f"output{cut.at}")
-    output = next(iter(reversed(graph.nodes)))
-    (value,) = output.args
-    with graph.inserting_before(output):
-        if cut.kind == "tap":
-            while value.target is reverse_each:
-                value = value.args[1]
-            graph.call_function(tap, (graph.call_function(pick, (value, items)), cut.module))
-        else:
-            layer = graph.create_node("get_attr", cut.module)
-            output.args = (graph.call_function(reverse_each, (layer, value, items)),)
-    return 1
 
 
 # -------------------------------------------------------------------------- before a point, and on one edge

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from grl_surgery.errors import SurgeryError
 from grl_surgery.model_graph import ModelGraph, describe, graph_of
 from grl_surgery.oracle import in_words, predict_flow, shows_all
-from grl_surgery.points import Edge, GraphNode, escape
-from grl_surgery.spliced_module import SplicedModule
+from grl_surgery.points import Edge
 
 __all__ = ["FlipGraph", "flip_graph"]
 
@@ -44,34 +42,15 @@ def flip_graph(
         example_inputs: Arguments of forward.
         objectives: ``output``, and the names of heads.
     """
-    try:
-        graph = describe(model, None, example_inputs)
-    except SurgeryError:
-        graph = _parts(model)
+    graph = describe(model, None, example_inputs)
     if not graph.nodes:
         return None
     if not shows_all(oracle):
         return FlipGraph(graph, {}, {})
-    deep, _ = graph_of(oracle, None)
+    deep, _ = graph_of(oracle, None, example_inputs)
     flows = {objective: predict_flow(oracle, deep, objective) for objective in objectives}
     return FlipGraph(
         graph,
         {name: {at: in_words(signs) for at, signs in points.items()} for name, (points, _) in flows.items()},
         {name: {at: in_words(signs) for at, signs in edges.items()} for name, (_, edges) in flows.items()},
     )
-
-
-def _parts(model: nn.Module) -> ModelGraph:
-    """The graphs of the spliced parts of a network whose own forward cannot be traced, side by side."""
-    nodes: list[GraphNode] = []
-    edges: list[Edge] = []
-    blocks: list[GraphNode] = []
-    for path, part in model.named_modules():
-        if isinstance(part, SplicedModule):
-            graph = describe(part, None)
-            prefix = f"{escape(path)}."
-            blocks += [GraphNode(escape(path), "call_module", graph.name)]
-            blocks += [replace(block, name=prefix + block.name) for block in graph.blocks]
-            nodes += [replace(node, name=prefix + node.name) for node in graph.nodes]
-            edges += [Edge(prefix + e.source, prefix + e.target, e.arg) for e in graph.edges]
-    return ModelGraph(type(model).__name__, tuple(nodes), tuple(edges), tuple(blocks))

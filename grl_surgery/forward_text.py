@@ -1,8 +1,7 @@
-"""What torch.fx does not write of a forward: keyword-only and left-out arguments, names like ``class``."""
+"""What torch.fx does not write of a forward: keyword-only arguments, names like ``class``."""
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import keyword
@@ -12,20 +11,7 @@ from typing import Any
 
 from torch import fx
 
-from grl_surgery.errors import TracingError
-
-__all__ = ["Signature", "check_left_out", "signature", "spell_keywords"]
-
-
-def check_left_out(values: Any, name: str) -> None:
-    """Refuse what is passed by way of a ``*args`` or ``**kwargs`` that surgery left out."""
-    if values:
-        got = ", ".join(map(repr, values)) if isinstance(values, dict) else f"{len(values)} more"
-        raise TracingError(
-            f"surgery left {name} out of this forward, because a graph has the arguments that have names; "
-            f"got {got}",
-            example="insert_grl(model, ..., example_inputs={..., 'scale': 2.0}) keeps a keyword of **kwargs",
-        )
+__all__ = ["Signature", "signature", "spell_keywords"]
 
 
 class Signature(fx.graph.CodeGen):
@@ -33,31 +19,16 @@ class Signature(fx.graph.CodeGen):
 
     Args:
         positional: How many arguments come before those that are keyword-only.
-        left_out: The forward's ``*args`` and ``**kwargs``, as written there; no graph has their values.
     """
 
-    def __init__(self, positional: int, left_out: tuple[str, ...] = ()) -> None:
+    def __init__(self, positional: int) -> None:
         super().__init__()
-        self.positional, self.left_out = positional, left_out
+        self.positional = positional
 
     def gen_fn_def(self, free_vars: list[str], *args: Any, **kwargs: Any) -> str:
-        """The line with ``def``, and the checks."""
+        """The line with ``def``."""
         first, rest = free_vars[: self.positional], free_vars[self.positional :]
-        several = [name for name in self.left_out if not name.startswith("**")] or (["*"] if rest else [])
-        keywords = [name for name in self.left_out if name.startswith("**")]
-        line = super().gen_fn_def([*first, *several, *rest, *keywords], *args, **kwargs)
-        checks = (f"_check_left_out({name.strip('*')}, {name!r})" for name in self.left_out)
-        return "\n    ".join([line, *checks])
-
-    def additional_globals(self) -> list[tuple[str, Any]]:
-        """What the checks are called."""
-        return [("_check_left_out", check_left_out)] if self.left_out else []
-
-    def without_checks(self) -> Signature:
-        """The same without what was left out: Python itself refuses it then."""
-        plain = copy.copy(self)
-        plain.left_out = ()
-        return plain
+        return super().gen_fn_def([*first, "*", *rest], *args, **kwargs)
 
 
 def signature(parameters: Iterable[inspect.Parameter], positional: int) -> Signature | None:
@@ -67,14 +38,8 @@ def signature(parameters: Iterable[inspect.Parameter], positional: int) -> Signa
         parameters: Of the network's forward.
         positional: How many of the graph's arguments come before the keyword-only ones.
     """
-    parameters = list(parameters)
-    left_out = tuple(
-        str(parameter.replace(annotation=parameter.empty))
-        for parameter in parameters
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-    )
-    unusual = left_out or any(parameter.kind is parameter.KEYWORD_ONLY for parameter in parameters)
-    return Signature(positional, left_out) if unusual else None
+    is_unusual = any(parameter.kind is parameter.KEYWORD_ONLY for parameter in parameters)
+    return Signature(positional) if is_unusual else None
 
 
 def spell_keywords(graph: fx.Graph) -> None:

@@ -14,10 +14,9 @@ from torch.fx.operator_schemas import get_signature_for_torch_op
 
 from grl_surgery.errors import SurgeryError
 from grl_surgery.function_calls import FunctionCall
-from grl_surgery.links import is_size, origin
+from grl_surgery.links import boundary, is_size, origin
 from grl_surgery.opaque import reverse_each
 from grl_surgery.trace_copy import is_building_block
-from grl_surgery.tracer import boundary
 from grl_surgery.values import IN_PLACE
 
 __all__ = [

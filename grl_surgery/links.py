@@ -6,13 +6,17 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx
 
-from grl_surgery.tracer import boundary
-
-__all__ = ["is_size", "links", "origin", "rewrite"]
+__all__ = ["boundary", "is_size", "links", "origin", "rewrite", "size_class"]
 
 Change = Callable[[str, fx.Node], fx.Node]
+
+
+def boundary(value: Any) -> Any:
+    """Marks in a graph where a value enters or leaves a traced module; taken out before the graph runs."""
+    return value
 
 
 def links(node: fx.Node) -> list[tuple[str, fx.Node]]:
@@ -79,3 +83,18 @@ def is_size(node: fx.Node) -> bool:
         sources = node.all_input_nodes
         return node.target is len or (bool(sources) and all(is_size(source) for source in sources))
     return False
+
+
+def size_class(node: fx.Node) -> type:
+    """The class of a value of which :func:`is_size` is true."""
+    node = origin(node)
+    name = str(node.args[1]) if node.target is getattr else str(getattr(node.target, "__name__", node.target))
+    if name == "shape" or (name == "size" and len(node.args) + len(node.kwargs) == 1):
+        return torch.Size
+    if name in ("dtype", "device", "layout"):
+        return {"dtype": torch.dtype, "device": torch.device, "layout": torch.layout}[name]
+    if name in ("requires_grad", "is_cuda"):
+        return bool
+    if name == "getitem" and isinstance(node.args[1], slice):
+        return size_class(node.args[0])  # type: ignore[arg-type]
+    return tuple if name == "stride" else float if name == "truediv" else int

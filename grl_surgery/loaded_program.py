@@ -29,7 +29,7 @@ def is_program(model: object) -> bool:
         >>> is_program(nn.Linear(4, 2))
         False
     """
-    return isinstance(model, fx.GraphModule) and _MARK in model.meta
+    return isinstance(model, fx.GraphModule) and _MARK in getattr(model, "meta", {})
 
 
 def check_no_program(model: object, verb: str) -> None:

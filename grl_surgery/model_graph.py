@@ -8,7 +8,7 @@ import inspect
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,22 +20,23 @@ from torch.utils import _pytree as pytree
 
 from grl_surgery.arguments import check_network
 from grl_surgery.cutting import apply_cuts, retrace
-from grl_surgery.errors import ShapeError, SurgeryError
+from grl_surgery.errors import PointNotFoundError, ShapeError, SurgeryError, TracingError
 from grl_surgery.generators import random_state_kept
-from grl_surgery.links import links, origin
+from grl_surgery.links import boundary, links, origin
 from grl_surgery.loading.inputs import RUNNING_INPUTS, as_arguments, does_not_run
 from grl_surgery.loading.inputs import example_inputs as known_inputs
+from grl_surgery.observed_calls import observe
 from grl_surgery.other_tensors import Copy, clone, with_tensors
-from grl_surgery.points import Edge, GraphNode, parents
+from grl_surgery.points import Edge, GraphNode, ancestors, escape, parents
 from grl_surgery.python_state import python_state_kept
 from grl_surgery.reversal import GradientReversal
 from grl_surgery.sharing import share_copy
-from grl_surgery.spliced_module import Cut, SplicedModule
-from grl_surgery.trace_copy import is_building_block
-from grl_surgery.tracer import boundary, operation
-from grl_surgery.tracing import module_paths, trace
+from grl_surgery.spliced_module import Cut, SplicedModule, surgery_of
+from grl_surgery.trace_copy import has_forward, is_building_block
+from grl_surgery.tracer import operation
+from grl_surgery.tracing import Trace, module_paths, trace
 
-__all__ = ["ModelGraph", "arguments_kept", "bind_inputs", "describe", "edges_into", "graph_of"]
+__all__ = ["ModelGraph", "bind_inputs", "describe", "edges_into", "graph_of"]
 
 
 @dataclass(frozen=True)
@@ -156,36 +157,105 @@ def describe(model: nn.Module, depth: int | None = 1, example_inputs: Any = None
     Args:
         model: The network; not changed.
         depth: 1 shows what the network's own forward does, 2 what happens in its children as well, and so
-            on; None goes all the way down. A module whose forward cannot be traced stays one node.
+            on; None goes all the way down. A module whose forward cannot be traced stays one node; where that
+            is the network itself, the graph lists the modules, each of which can be cut at its call.
         example_inputs: Arguments of forward, to learn shapes from; by default those that timm or
             torchvision declare for this network. Nothing is computed: shapes are propagated symbolically.
+            Where the network's own forward cannot be traced, it runs once on them.
 
     Raises:
         SurgeryError: ``depth`` is not a positive number.
-        TracingError: The network's own forward cannot be traced.
     """
     check_network(model, "graph")
     if depth is not None and (not isinstance(depth, int) or depth < 1):
         raise SurgeryError(
             f"depth must be 1 or more, or None for all levels; got {depth!r}", example="depth=2"
         )
-    graph, constants = graph_of(model, depth, arguments_kept(model, example_inputs))
     original = model.grl_original if isinstance(model, SplicedModule) else model
     inputs = example_inputs if example_inputs is not None else known_inputs(original)
-    if isinstance(model, SplicedModule) and model.grl_surgery.is_opaque:
-        inputs = None  # its forward runs as it is, which may be on data only
-    shapes = {} if inputs is None else _shapes(model, graph, constants, bind_inputs(graph, inputs))[0]
-    named = [node for node in graph.nodes if "point" in node.meta and node.target is not boundary]
-    described = ModelGraph(
-        type(model).__name__,
-        tuple(_describe_node(model, node, shapes.get(node)) for node in named),
-        tuple(edge for node in named for edge in edges_into(node)),
-        tuple(_blocks(model, [node.meta["point"] for node in named])),
-    )
+    found = _traced(model, depth, inputs)
+    if found is None:
+        described = describe_modules(model, depth, inputs)
+    else:
+        graph, constants = found
+        shapes = {} if inputs is None else _shapes(model, graph, constants, bind_inputs(graph, inputs))[0]
+        named = [node for node in graph.nodes if "point" in node.meta and node.target is not boundary]
+        described = ModelGraph(
+            type(model).__name__,
+            tuple(_describe_node(model, node, shapes.get(node)) for node in named),
+            tuple(edge for node in named for edge in edges_into(node)),
+            tuple(_blocks(model, [node.meta["point"] for node in named])),
+        )
     if depth is not None:
         deeper = functools.partial(describe, model, None, inputs)
         object.__setattr__(described, "_look_deeper", deeper)
     return described
+
+
+def _traced(
+    model: nn.Module, depth: int | None, inputs: Any
+) -> tuple[fx.Graph, dict[str, torch.Tensor]] | None:
+    """The graph as deep as asked for; None where a forward cannot be traced, and where a run shows more."""
+    if isinstance(model, SplicedModule) and depth == 1:
+        return model.graph, {}
+    try:
+        traced, wanted = _trace_to(model, depth, inputs)
+    except TracingError:
+        return None
+    closed = {path for path in wanted - traced.opened if has_forward(model.get_submodule(path))}
+    if closed and inputs is not None and not isinstance(model, SplicedModule):
+        return None
+    return _present(model, traced), traced.constants
+
+
+def describe_modules(model: nn.Module, depth: int | None, inputs: Any) -> ModelGraph:
+    """The modules of a network whose forward cannot be traced: what can be cut at their calls.
+
+    Args:
+        model: The network; not changed.
+        depth: As for :func:`describe`.
+        inputs: Arguments of forward, on which the network runs once for the order of the calls, the shapes
+            and the edges; None lists the modules in the order of the tree.
+    """
+    paths = [path for path, _ in model.named_modules() if path and _is_shown(model, path, depth)]
+    seen = None if inputs is None else observe(model, inputs)
+    if seen is None:
+        nodes = [_describe_module(model, path, escape(path)) for path in paths]
+        return ModelGraph(type(model).__name__, tuple(nodes), (), tuple(_blocks(model, paths)))
+    around = {"", *(path for path in paths if depth is None or _levels(model, path) < depth - 1)}
+    shown = [point for point in seen if (point.path in (around if point.operation else paths))]
+    nodes = [
+        replace(
+            GraphNode(point.name, "call_function", point.operation)
+            if point.operation
+            else _describe_module(model, point.path, point.name),
+            shape=point.shape,
+        )
+        for point in shown
+    ]
+    names = [node.name for node in nodes]
+    edges = (Edge(source, point.name, arg) for point in shown for arg, source in point.sources)
+    return ModelGraph(
+        type(model).__name__,
+        tuple(nodes),
+        tuple(edge for edge in edges if edge.source in names),
+        tuple(_blocks(model, names)),
+    )
+
+
+def _is_shown(model: nn.Module, path: str, depth: int | None) -> bool:
+    """Whether a module is called, and not deeper than asked for."""
+    is_inside_layer = any(is_building_block(model.get_submodule(around)) for around in ancestors(path)[1:])
+    return (
+        has_forward(model.get_submodule(path))
+        and not is_inside_layer
+        and (depth is None or _levels(model, path) < depth)
+    )
+
+
+def _levels(model: nn.Module, path: str) -> int:
+    """How many forwards lie around the call of a module, beside the network's own."""
+    return sum(has_forward(model.get_submodule(outer)) for outer in ancestors(path)[1:])
 
 
 def edges_into(node: fx.Node) -> list[Edge]:
@@ -198,40 +268,64 @@ def edges_into(node: fx.Node) -> list[Edge]:
     ]
 
 
-def arguments_kept(model: nn.Module, example_inputs: Any) -> dict[str, type]:
-    """The arguments of forward, with their classes, that earlier surgery kept or that example inputs fill."""
-    done = model.grl_surgery if isinstance(model, SplicedModule) else None
-    kept = dict(done.arguments) if done is not None and not done.is_opaque else {}
-    if example_inputs is None:
-        return kept
-    args, kwargs = as_arguments(example_inputs)
-    parameters = inspect.signature(model.forward).parameters
-    defaults = {name: parameter.default for name, parameter in parameters.items()}
-    named = dict(zip(parameters, args, strict=False)) | kwargs
-    return kept | {
-        name: type(value) for name, value in named.items() if not _is_left_out(value, defaults.get(name))
-    }
+def point_names(model: nn.Module, opened: Collection[str], inputs: Any = None) -> list[str]:
+    """Names of the points in some modules' forwards, as far as a trace, or a run on inputs, can tell.
 
-
-def _is_left_out(value: Any, default: Any) -> bool:
-    """Whether to pass a value is to leave the argument out; a number may become another one."""
-    return isinstance(value, (bool, str)) and type(value) is type(default) and value == default
+    Args:
+        model: The network; not changed.
+        opened: Paths of the modules to look into.
+        inputs: Arguments of forward; without them, forwards that cannot be traced show the modules in them.
+    """
+    names: list[str] = []
+    with contextlib.suppress(TracingError):
+        traced = trace(model, opened, given=names_of(model, inputs), lenient=True)
+        names = traced.names()
+        if traced.opened >= {path for path in opened if has_forward(model.get_submodule(path))}:
+            return names
+    return list(dict.fromkeys([*names, *(node.name for node in describe_modules(model, None, inputs).nodes)]))
 
 
 def graph_of(
-    model: nn.Module, depth: int | None, given: Mapping[str, type] | None = None
+    model: nn.Module, depth: int | None, inputs: Any = None
 ) -> tuple[fx.Graph, dict[str, torch.Tensor]]:
-    """The graph that the present mode runs, its arguments ``given`` as elsewhere, and the constants in it."""
+    """The graph that the present mode runs, to be looked at, and the constants in it.
+
+    Args:
+        model: The network.
+        depth: As for :func:`describe`.
+        inputs: Arguments of forward; of those that have a default, only these are in the graph.
+
+    Raises:
+        TracingError: The network's own forward cannot be traced.
+    """
     if isinstance(model, SplicedModule) and depth == 1:
         return model.graph, {}
+    traced, _ = _trace_to(model, depth, inputs)
+    return _present(model, traced), traced.constants
+
+
+def _trace_to(model: nn.Module, depth: int | None, inputs: Any) -> tuple[Trace, set[str]]:
+    """A trace as deep as asked for, where that is possible, and the modules that were to be looked into."""
     paths = [path for path, module in model.named_modules() if path and not is_building_block(module)]
     opened = {path for path in paths if depth is None or path.count(".") + 1 < depth}
+    given = names_of(model, inputs)
     if isinstance(model, SplicedModule):
-        traced = retrace(model, opened)
-    else:
-        traced = trace(model, opened, given=given, lenient=True)
+        return retrace(model, opened, given), opened
+    return trace(model, opened, given=given, lenient=True), opened
+
+
+def _present(model: nn.Module, traced: Trace) -> fx.Graph:
+    """The graph of the mode in which the network is."""
     flags = tuple(model.get_submodule(path).training for path in traced.steering)
-    return traced.graphs.get(flags) or next(iter(traced.graphs.values())), traced.constants
+    return traced.graphs.get(flags) or next(iter(traced.graphs.values()))
+
+
+def names_of(model: nn.Module, inputs: Any) -> set[str]:
+    """Names of the arguments of forward that example inputs fill."""
+    if inputs is None:
+        return set()
+    args, kwargs = as_arguments(inputs)
+    return {*list(inspect.signature(model.forward).parameters)[: len(args)], *kwargs}
 
 
 def _describe_node(model: nn.Module, node: fx.Node, shape: tuple[int, ...] | None) -> GraphNode:
@@ -245,8 +339,8 @@ def _describe_node(model: nn.Module, node: fx.Node, shape: tuple[int, ...] | Non
 def _describe_module(model: nn.Module, path: str, name: str) -> GraphNode:
     module = model.get_submodule(path)
     elements = sum(parameter.numel() for parameter in module.parameters())
-    cuts = model.grl_surgery.cuts if isinstance(model, SplicedModule) else ()
-    heads = [cut.module for cut in cuts if cut.kind == "head"]
+    done = surgery_of(model)
+    heads = [cut.module for cut in done.cuts if cut.is_head] if done else []
     role: Literal["", "head", "reversal"] = "head" if path in heads else ""
     coeff = None
     if isinstance(module, GradientReversal):
@@ -259,7 +353,7 @@ def _blocks(model: nn.Module, names: Sequence[str]) -> Iterator[GraphNode]:
     paths = module_paths(model)
     for path in dict.fromkeys(path for name in names for path in parents(name)):
         module = model.get_submodule(paths[path]) if path in paths else None
-        if module is not None and type(module).forward is not nn.Module.forward:
+        if module is not None and has_forward(module):
             yield _describe_module(model, paths[path], path)
 
 
@@ -324,7 +418,6 @@ def shapes_at(
     modules: Mapping[str, nn.Module],
     points: Sequence[str],
     example_inputs: Any,
-    given: Mapping[str, type] | None = None,
 ) -> list[tuple[int, ...]]:
     """Shapes of the values at some points of a network in which some cuts are made already.
 
@@ -336,7 +429,11 @@ def shapes_at(
     """
     tree = share_copy(model)
     probes = [Cut("probe", point, f"_probe_{place}") for place, point in enumerate(points)]
-    traced = apply_cuts(tree, [*cuts, *probes], given=given)
+    given = names_of(model, example_inputs)
+    try:
+        traced = apply_cuts(tree, [*cuts, *probes], given=given, lenient=True)
+    except PointNotFoundError as error:  # of what could be traced
+        raise TracingError(str(error)) from error
     tree._modules.update(modules)
     tree._modules.update((probe.module, nn.Identity()) for probe in probes)
     found = [(graph, _called(graph, probes)) for graph in traced.graphs.values()]  # one mode may lack a point

@@ -9,14 +9,15 @@ from typing import Any, TypeGuard
 import torch
 from torch import fx, nn
 
-from grl_surgery.cutting import apply_cuts
 from grl_surgery.effects import effects
+from grl_surgery.head_outputs import add_logits
 from grl_surgery.in_place import hidden_writes
 from grl_surgery.links import is_size, links
 from grl_surgery.points import Edge
 from grl_surgery.reversal import GradientReversal
 from grl_surgery.sharing import exchange, share_copy
-from grl_surgery.spliced_module import Cut, SplicedModule
+from grl_surgery.spliced_module import Cut, SplicedModule, surgery_of
+from grl_surgery.splicing import splice
 
 __all__ = [
     "HookReversal",
@@ -54,8 +55,8 @@ class NoReversal(nn.Module):
 
 
 def recipes(model: nn.Module) -> dict[str, tuple[Cut, ...]]:
-    """What was spliced into each module that is a graph of ours, by its path; ``""`` is the root."""
-    return {path: m.grl_surgery.cuts for path, m in model.named_modules() if isinstance(m, SplicedModule)}
+    """What was spliced into each module that was cut itself, by its path; ``""`` is the root."""
+    return {path: done.cuts for path, m in model.named_modules() if (done := surgery_of(m))}
 
 
 def with_reversals(model: nn.Module, reference: nn.Module, make: Callable[[], nn.Module]) -> nn.Module:
@@ -68,8 +69,13 @@ def with_reversals(model: nn.Module, reference: nn.Module, make: Callable[[], nn
     for path, cuts in _innermost_first(model):
         tree = _cut_again(tree, path, model.get_submodule(path), cuts, make)
     instead: dict[int, nn.Module] = {}
+    made = {
+        f"{path}.{cut.module}" if path else cut.module
+        for path, cuts in recipes(model).items()
+        for cut in cuts
+    }
     for path, layer in model.named_modules(remove_duplicate=False):
-        if isinstance(layer, GradientReversal):
+        if isinstance(layer, GradientReversal) and path not in made:
             parent, _, name = path.rpartition(".")
             holder = tree.get_submodule(parent)
             holder.__dict__.pop(name, None)  # a reference may have None there
@@ -97,11 +103,10 @@ def _cut_again(
     """The tree with what lies at ``path`` traced and cut as ``part`` was."""
     host = tree.get_submodule(path)
     heads = {cut.module: share_copy(part._modules[cut.module]) for cut in cuts if cut.is_head}
-    made = {cut.module: heads.get(cut.module) or make() for cut in cuts if cut.kind != "tap"}
-    graphs = SplicedModule(host, apply_cuts(host, cuts, given=part.grl_surgery.arguments), cuts, made)
+    spliced = splice(host, cuts, {cut.module: heads.get(cut.module) or make() for cut in cuts})
     if not path:
-        return graphs
-    exchange(tree, host, graphs)
+        return spliced
+    exchange(tree, host, spliced)
     return tree
 
 
@@ -124,9 +129,7 @@ def predict(oracle: nn.Module, objective: str = "output") -> dict[int, Factors]:
         return {}
     if any(True for _ in hidden_writes(oracle, oracle.graph, functools.cache(effects))):
         return {}
-    reversed_by = {cut.module for cut in oracle.grl_surgery.cuts}
-    heads = [cut.module for cut in oracle.grl_surgery.cuts if cut.is_head]
-    part = f"0[{('output', *heads).index(objective)}]" if heads else "0"
+    reversed_by, part = _goal(oracle, objective)
     known: dict[int, Factors] = {id(parameter): frozenset() for parameter in oracle.parameters()}
     for node, factors in _signs(oracle.graph, reversed_by, part).items():
         for parameter in _parameters_of(oracle, node):
@@ -136,9 +139,9 @@ def predict(oracle: nn.Module, objective: str = "output") -> dict[int, Factors]:
 
 def shows_all(oracle: nn.Module) -> TypeGuard[SplicedModule]:
     """Whether every cut is in the graph of the root, and none inside a module that it calls."""
-    if not isinstance(oracle, SplicedModule) or oracle.grl_surgery.is_opaque:
+    if not isinstance(oracle, SplicedModule) or oracle.grl_surgery.hooked:
         return False
-    return not any(isinstance(module, SplicedModule) for module in oracle.modules() if module is not oracle)
+    return not any(surgery_of(module) for module in oracle.modules() if module is not oracle)
 
 
 def predict_flow(oracle: SplicedModule, graph: fx.Graph, objective: str = "output") -> Flow:
@@ -163,14 +166,13 @@ def predict_flow(oracle: SplicedModule, graph: fx.Graph, objective: str = "outpu
     return {node.meta["point"]: signs[node] for node in named}, edges
 
 
-def _goal(oracle: SplicedModule, objective: str) -> tuple[set[str], str]:
-    """What reverses, and which part of the output the objective is made of."""
+def _goal(oracle: SplicedModule, objective: str) -> tuple[set[str], int]:
+    """What reverses, and at which place the objective stands among the output and the logits of heads."""
     heads = [cut.module for cut in oracle.grl_surgery.cuts if cut.kind == "head"]
-    part = f"0[{('output', *heads).index(objective)}]" if heads else "0"
-    return {cut.module for cut in oracle.grl_surgery.cuts}, part
+    return {cut.module for cut in oracle.grl_surgery.cuts}, ("output", *heads).index(objective)
 
 
-def _signs(graph: fx.Graph, reversed_by: set[str], part: str) -> dict[fx.Node, Factors]:
+def _signs(graph: fx.Graph, reversed_by: set[str], part: int) -> dict[fx.Node, Factors]:
     """For each node the signs of all paths from its value to one part of the output."""
     signs: dict[fx.Node, set[int]] = {node: set() for node in graph.nodes}
     for node in reversed(graph.nodes):
@@ -181,10 +183,12 @@ def _signs(graph: fx.Graph, reversed_by: set[str], part: str) -> dict[fx.Node, F
     return {node: frozenset(found) for node, found in signs.items()}
 
 
-def _through(node: fx.Node, arg: str, signs: Iterable[int], reversed_by: set[str], part: str) -> set[int]:
+def _through(node: fx.Node, arg: str, signs: Iterable[int], reversed_by: set[str], part: int) -> set[int]:
     """Signs of the paths that begin with one use of a value, from the signs of the user's own value."""
+    if node.target is add_logits:  # its arguments: the output, the names of the heads, and their logits
+        return {1} if arg.partition("[")[0] == str(part + 1 if part else 0) else set()
     if node.op == "output":
-        return {1} if arg.startswith(part) else set()
+        return {1} if "heads" not in node.meta or arg.startswith(f"0[{part}]") else set()
     spliced = node.op == "call_module" and node.target in reversed_by
     if spliced and arg != "0":  # what conditions a head is detached
         return set()

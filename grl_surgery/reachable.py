@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import itertools
 import types
 from collections.abc import Iterator
 from types import CodeType, FunctionType, ModuleType
@@ -11,7 +12,16 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["MEMO", "compared_arguments", "functions_held", "functions_of", "memos_of", "names_in"]
+__all__ = [
+    "MEMO",
+    "asking_lines",
+    "calls_forward_of",
+    "classes_asked",
+    "compared_arguments",
+    "functions_of",
+    "memos_of",
+    "names_in",
+]
 
 MEMO = type(functools.lru_cache(bool))
 """What keeps the results of a function under ``functools.cache`` or ``functools.lru_cache``."""
@@ -33,21 +43,30 @@ def _reachable(kind: type[nn.Module]) -> list[Any]:
     return list(found.values())
 
 
-def functions_held(module: nn.Module) -> list[FunctionType]:
-    """The functions that a module keeps as attributes or in lists and dicts of it, and what they name."""
-    found: dict[int, Any] = {}
-    for value in vars(module).values():
-        items = (
-            value.values()
-            if isinstance(value, dict)
-            else value
-            if isinstance(value, (list, tuple))
-            else [value]
-        )
-        for item in items:
-            if isinstance(item, (FunctionType, types.MethodType, functools.partial)):
-                _collect(item, type(module), found)
-    return [function for function in found.values() if isinstance(function, FunctionType)]
+@functools.lru_cache(maxsize=1000)
+def asking_lines(code: CodeType) -> frozenset[int]:
+    """The lines of a function that call ``isinstance``."""
+    lines: set[int] = set()
+    starts = dict(dis.findlinestarts(code))
+    line: int | None = code.co_firstlineno
+    for step in dis.get_instructions(code):
+        line = starts.get(step.offset, line)
+        if line is not None and step.opname == "LOAD_GLOBAL" and step.argval == "isinstance":
+            lines.add(line)
+    return frozenset(lines)
+
+
+@functools.lru_cache(maxsize=1000)
+def classes_asked(code: CodeType) -> tuple[str, ...]:
+    """The arguments of a function, beside the first, whose ``type(...)`` its code asks for."""
+    arguments = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
+    asked: list[str] = []
+    asks = False
+    for step in dis.get_instructions(code):
+        if asks and step.opname.startswith("LOAD_FAST") and step.argval in arguments:
+            asked.append(step.argval)
+        asks = step.opname == "LOAD_GLOBAL" and step.argval == "type"
+    return tuple(asked)
 
 
 @functools.lru_cache(maxsize=1000)
@@ -63,6 +82,21 @@ def compared_arguments(code: CodeType) -> tuple[str, ...]:
             return read[-2:]
         read = ()
     return ()
+
+
+@functools.lru_cache(maxsize=1000)
+def calls_forward_of(kind: Any, child: str) -> bool:
+    """Whether the code of a class calls ``self.<child>.forward(...)``, past the module's hooks."""
+    return any(_calls_forward(function.__code__, child) for function in functions_of(kind))
+
+
+def _calls_forward(code: CodeType, child: str) -> bool:
+    steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "PRECALL")]
+    return any(
+        step.argval == "forward" and before.argval == child and before.opname.startswith("LOAD_ATTR")
+        for before, step in itertools.pairwise(steps)
+        if step.opname.startswith(("LOAD_ATTR", "LOAD_METHOD"))
+    )
 
 
 def _collect(value: Any, kind: type, found: dict[int, Any]) -> None:

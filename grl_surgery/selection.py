@@ -10,19 +10,40 @@ from torch import nn
 
 from grl_surgery import points
 from grl_surgery.errors import PointNotFoundError, SurgeryError
-from grl_surgery.model_graph import ModelGraph, describe
+from grl_surgery.model_graph import ModelGraph, describe, point_names
 from grl_surgery.points import Edge, GraphNode
 from grl_surgery.trace_copy import is_building_block
-from grl_surgery.tracing import module_paths, trace
+from grl_surgery.tracing import module_paths
 
-__all__ = ["Selector", "select_edges", "select_points"]
+__all__ = ["Selector", "name_modules", "select_edges", "select_points"]
 
 Selector: TypeAlias = (
-    "str | GraphNode | type[nn.Module] | Callable[[GraphNode], bool] | Sequence[Selector]"  # one, or several
+    "str | nn.Module | GraphNode | type[nn.Module] | Callable[[GraphNode], bool] | Sequence[Selector]"
 )
 
 _FEATURE = "feature:"
 """What the number of one of timm's features is written behind."""
+
+
+def name_modules(model: nn.Module, selector: Any) -> Any:
+    """The selector with the names of modules in place of modules: ``after=model.layer3``.
+
+    Raises:
+        PointNotFoundError: A module is none of this network's.
+    """
+    if isinstance(selector, (list, tuple)):
+        return type(selector)(name_modules(model, part) for part in selector)
+    if not isinstance(selector, nn.Module):
+        return selector
+    for path, module in model.named_modules():
+        if module is selector and path:
+            return points.escape(path)
+    alike = [points.escape(path) for path, module in model.named_modules() if type(module) is type(selector)]
+    raise PointNotFoundError(
+        f"a {type(selector).__name__} was given that is not a module of this {type(model).__name__}",
+        choices=alike[:5],
+        example="insert_grl(model, after=model.layer3), with a module of the model that is passed",
+    )
 
 
 def select_points(
@@ -58,9 +79,13 @@ def _select(
     if isinstance(part, str) and part.startswith(_FEATURE):
         return [_by_feature(model, part)]
     if isinstance(part, str) and part:
-        return _by_pattern(model, part, paths) if points.pattern(part) else [canonical(part, paths)]
+        return (
+            _by_pattern(model, part, paths, example_inputs)
+            if points.pattern(part)
+            else [canonical(part, paths)]
+        )
     if inspect.isclass(part) and issubclass(part, nn.Module):
-        return _by_class(model, part, paths)
+        return _by_class(model, part, paths, example_inputs)
     if callable(part) and not isinstance(part, nn.Module) and not inspect.isclass(part):
         return _by_predicate(model, part, example_inputs)
     raise SurgeryError(
@@ -89,10 +114,10 @@ def _by_feature(model: nn.Module, text: str) -> str:
     return points.escape(listed[int(index)])
 
 
-def _by_pattern(model: nn.Module, text: str, paths: Mapping[str, str]) -> list[str]:
+def _by_pattern(model: nn.Module, text: str, paths: Mapping[str, str], inputs: Any) -> list[str]:
     around = {real for name, real in paths.items() if points.may_enclose(text, name)}
     opened = {path for path in around if not is_building_block(model.get_submodule(path))}
-    names = trace(model, opened, lenient=True).names()
+    names = point_names(model, opened, inputs)
     expression = points.pattern(text)
     assert expression is not None
     found = [name for name in names if points.matches(expression, name) and name != "output"]
@@ -105,7 +130,7 @@ def _by_pattern(model: nn.Module, text: str, paths: Mapping[str, str]) -> list[s
     return found
 
 
-def _by_class(model: nn.Module, kind: type[nn.Module], paths: Mapping[str, str]) -> list[str]:
+def _by_class(model: nn.Module, kind: type[nn.Module], paths: Mapping[str, str], inputs: Any) -> list[str]:
     found = {points.escape(path): None for path, m in model.named_modules() if path and isinstance(m, kind)}
     if not found:
         present = list(dict.fromkeys(type(module).__name__ for module in model.modules()))
@@ -115,7 +140,7 @@ def _by_class(model: nn.Module, kind: type[nn.Module], paths: Mapping[str, str])
             example="after='layer3', or a class that is there: after=torch.nn.Conv2d",
         )
     opened = {parent for path in found for parent in points.enclosing(path, paths)}
-    names = trace(model, opened, lenient=True).names()
+    names = point_names(model, opened, inputs)
     return [name for name in names if points.split_number(name)[0] in found]
 
 

@@ -15,9 +15,10 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
+from grl_surgery.call_hooks import CallHook
 from grl_surgery.reversal import GradientReversal
 
-__all__ = ["COMPILED", "ORIGINAL", "exchange", "share_copy", "way_to"]
+__all__ = ["COMPILED", "ORIGINAL", "exchange", "share_copy", "way_to", "way_to_forward"]
 
 COMPILED = "_compiled_call_impl"
 """Where ``module.compile()`` keeps a call that is bound to the module itself."""
@@ -25,7 +26,9 @@ ORIGINAL = "_grl_original"
 """Where a spliced module keeps what it was made from."""
 
 
-def share_copy(model: nn.Module, only: Iterable[nn.Module] | None = None) -> nn.Module:
+def share_copy(
+    model: nn.Module, only: Iterable[nn.Module] | None = None, made: dict[int, Any] | None = None
+) -> nn.Module:
     """Copy a module tree without copying a tensor.
 
     Every module of the copy is a new object of the same class with its own mode flag, hooks, containers and
@@ -42,6 +45,7 @@ def share_copy(model: nn.Module, only: Iterable[nn.Module] | None = None) -> nn.
     Args:
         model: Root of the tree.
         only: Copy only these modules and keep the others as they are; all of them by default.
+        made: Is filled with what was copied: from the id of each module and container to its copy.
 
     Returns:
         The root of the new tree.
@@ -64,6 +68,8 @@ def share_copy(model: nn.Module, only: Iterable[nn.Module] | None = None) -> nn.
                 slot.__set__(twins[id(module)], redirection.of(value))
         if issubclass(type(module), GradientReversal):
             twins[id(module)]._resume()  # the context that disabled the original does not know the copy
+    if made is not None:
+        made.update(redirection.made)
     return cast(nn.Module, twins.get(id(model), model))
 
 
@@ -111,6 +117,27 @@ def way_to(tree: nn.Module, wanted: Callable[[nn.Module], bool]) -> str | None:
         for key, value in (*held, *((slot.__name__, value) for slot, value in _slots(module))):
             if any(isinstance(item, nn.Module) and wanted(item) for item in _reached(value, own, seen)):
                 return f"{path}.{key}" if path else key
+    return None
+
+
+def way_to_forward(tree: nn.Module, module: nn.Module) -> str | None:
+    """The attribute, if there is one, through which a tree reaches the bound ``forward`` of a module.
+
+    Whoever calls that goes past the module's hooks.
+    """
+    seen: dict[int, Any] = {}
+    own = {id(part) for part in tree.modules()}
+    for path, part in tree.named_modules():
+        for key, value in part.__dict__.items():
+            if key in _HOOKS or type(value) in _ATOMS:
+                continue
+            for item in _reached(value, own, seen):
+                if (
+                    type(item) is types.MethodType
+                    and item.__self__ is module
+                    and item.__name__ in ("forward", "_call_impl")
+                ):
+                    return f"{path}.{key}" if path else key
     return None
 
 
@@ -366,6 +393,8 @@ class _Redirection:
         kind = type(hook)
         if id(hook) in self.twins:
             return self.twins[id(hook)]
+        if isinstance(hook, CallHook):
+            return hook.redirected(self.made)
         if kind is types.MethodType and id(hook.__self__) in self.twins:
             return self.method(hook)
         if kind is types.FunctionType and any(map(self.holds, hook.__closure__ or ())):

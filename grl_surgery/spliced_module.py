@@ -5,32 +5,30 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 import itertools
 import re
+import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import FunctionType
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
 
-from grl_surgery.errors import TracingError
+from grl_surgery.call_hooks import remove_call_hooks
+from grl_surgery.errors import SurgeryError, TracingError
 from grl_surgery.forward_text import spell_keywords
 from grl_surgery.points import Edge, escape
 from grl_surgery.reversal import GradientReversal
 from grl_surgery.sharing import COMPILED, ORIGINAL, share_copy
 from grl_surgery.trace_copy import overrides_call
-from grl_surgery.tracer import KINDS, check_fixed, check_kind
 from grl_surgery.tracing import Flags, Trace
 
-# To torch they are dead code, since nothing uses what they return.
-fx.has_side_effect(check_fixed)
-fx.has_side_effect(check_kind)
-
-__all__ = ["Cut", "SplicedModule", "Surgery", "free_name", "refuse_as_graph", "taken_apart"]
+__all__ = ["Cut", "SplicedModule", "Surgery", "disassemble", "free_name", "refuse_as_graph", "surgery_of"]
 
 
 @dataclass(frozen=True)
@@ -39,20 +37,20 @@ class Cut:
 
     Args:
         kind: ``"after"`` a point, ``"before"`` a point, on one ``"edge"``, or a ``"head"`` after a point.
-            Where the root cannot be traced, a head is ``"tapped"``: the value comes out of the inside through
-            a ``"tap"`` at the point. A call that was adopted has a reversal ``"instead"``. A ``"probe"``
-            behind a point only looks at the value.
-        at: Name of the point, or the edge. ``""``, or ``"[0]"``, is what leaves the network,
-            or one item of it.
-        module: Attribute of the spliced network under which the reversal or the head lives; for a tap, the
-            head that reads it.
+            A call that was adopted has a reversal ``"instead"``. A ``"probe"`` behind a point only looks at
+            the value.
+        at: Name of the point, or the edge.
+        module: Attribute of the spliced network under which the reversal or the head lives.
         condition: Name of the point whose class logits condition a head.
+        operations: Which points are operations of a forward that cannot be traced: the point, the path of the
+            module around it, the operation's name, and how many of that name run before it.
     """
 
-    kind: Literal["after", "before", "edge", "head", "tapped", "tap", "instead", "probe"]
+    kind: Literal["after", "before", "edge", "head", "instead", "probe"]
     at: str | Edge
     module: str
     condition: str | None = None
+    operations: tuple[tuple[str, str, str, int], ...] = ()
 
     @property
     def points(self) -> tuple[str, ...]:
@@ -63,12 +61,7 @@ class Cut:
     @property
     def is_head(self) -> bool:
         """Whether it adds logits to what the network returns."""
-        return self.kind in ("head", "tapped")
-
-    @property
-    def is_at_output(self) -> bool:
-        """Whether it is about what leaves the network as a whole."""
-        return self.at[:1] in ("", "[") if isinstance(self.at, str) else False
+        return self.kind == "head"
 
     def within(self, path: str) -> Cut:
         """The same cut as a network names it that has this one at ``path``."""
@@ -77,11 +70,10 @@ class Cut:
         place = escape(path)
         if isinstance(self.at, Edge):
             return replace(self, at=self.at.within(f"{place}."))
-        return replace(self, at=place + self.at if self.is_at_output else f"{place}.{self.at}")
+        return replace(self, at=f"{place}.{self.at}")
 
     def __str__(self) -> str:
-        word = {"edge": "on", "head": "after", "tapped": "after"}.get(self.kind, self.kind)
-        return f"{word} {f'the output{self.at}' if self.is_at_output else self.at}"
+        return f"{ {'edge': 'on', 'head': 'after'}.get(self.kind, self.kind) } {self.at}"
 
 
 def free_name(name: str, taken: Container[str], model: nn.Module) -> str:
@@ -98,36 +90,30 @@ class Surgery:
 
     Args:
         cuts: What was spliced in, in order.
-        traced: The graphs, edited; of the constants only the names.
+        traced: The graphs, edited; of the constants only the names. None where the network keeps its own
+            class.
+        hooked: Attributes of what hooks at the calls of modules run, and no graph.
     """
 
     cuts: tuple[Cut, ...]
-    traced: Trace
-
-    @property
-    def is_opaque(self) -> bool:
-        """Whether the graph is one call of the original's own forward."""
-        return "" not in self.traced.opened
+    traced: Trace | None = None
+    hooked: frozenset[str] = frozenset()
 
     @property
     def names(self) -> list[str]:
         """Attributes under which the reversals and heads live."""
-        return [cut.module for cut in self.cuts if cut.kind != "tap"]
+        return [cut.module for cut in self.cuts]
 
     @property
-    def arguments(self) -> dict[str, type]:
-        """The classes of those arguments of forward that stayed arguments though they may have a default."""
-        kept: dict[str, type] = {}
-        for node in next(iter(self.traced.graphs.values())).nodes:
-            if node.op != "placeholder":
-                continue
-            name = str(node.target).lstrip("*")
-            kinds = (KINDS[user.args[2]] for user in node.users if user.target is check_kind)
-            if all(user.target is not check_fixed for user in node.users):
-                kept[name] = next(kinds, torch.Tensor)
-            elif not node.args:  # an argument without a default, which was None
-                kept[name] = type(None)
-        return kept
+    def in_graph(self) -> list[Cut]:
+        """The cuts that the graph has."""
+        return [cut for cut in self.cuts if cut.module not in self.hooked]
+
+
+def surgery_of(network: nn.Module) -> Surgery | None:
+    """What was done to a network itself, not to a module inside it; None where nothing was."""
+    done: Surgery | None = network.__dict__.get("grl_surgery")
+    return done
 
 
 class SplicedModule(fx.GraphModule):
@@ -152,15 +138,9 @@ class SplicedModule(fx.GraphModule):
     ) -> None:
         super().__init__(nn.Module(), fx.Graph(), class_name=type(original).__name__)
         self.__dict__[ORIGINAL] = original
-        if "" in traced.opened:
-            self.__dict__.update(
-                (key, original.__dict__[key]) for key in (*_SHARED, *_plain_attributes(original))
-            )
-        else:  # the original's forward runs, and must not meet the spliced modules among its children
-            self.__dict__.update((key, original.__dict__[key]) for key in _SHARED)
-            self.__dict__["_modules"] = dict(original._modules)
-            if overrides_call(original):  # which runs them itself
-                self.__dict__.update((key, OrderedDict()) for key in _AROUND_FORWARD)
+        self.__dict__.update(
+            (key, original.__dict__[key]) for key in (*_SHARED, *_plain_attributes(original))
+        )
         self.training = original.training
         for name, module in modules.items():
             self.add_module(name, module)
@@ -174,15 +154,19 @@ class SplicedModule(fx.GraphModule):
         _offer_container(type(self), type(original))
         self.recompile()
 
+    @property
+    def grl_traced(self) -> Trace:
+        """The graphs, one for each mode that makes a difference."""
+        traced = self.grl_surgery.traced
+        assert traced is not None
+        return traced
+
     # -- modes
 
     def train(self, mode: bool = True) -> SplicedModule:
         """Set the mode of every module as the original's own ``train`` does."""
         self.grl_original.train(mode)
         self.training = self.grl_original.training
-        if self.grl_surgery.is_opaque:
-            for module in _spliced(self).values():
-                module.train(mode)
         return self
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SplicedModule:
@@ -199,45 +183,24 @@ class SplicedModule(fx.GraphModule):
 
     @property
     def grl_original(self) -> nn.Module:
-        """The network that the graphs were traced from; where it is not opaque, with what was spliced in."""
+        """The network that the graphs were traced from, with what was spliced in among its children."""
         original: nn.Module = self.__dict__[ORIGINAL]
         return original
 
-    @property
-    def grl_whole(self) -> nn.Module:
-        """The original, for a graph that calls it: with this network's mode and children."""
-        original = self.grl_original
-        if self.grl_surgery.is_opaque:  # torch.jit.trace reads every property of any network
-            original.training = self.training
-            _set_children(original, _children(self))
-        return original
-
-    @property
-    def __class__(self) -> type:
-        """What ``isinstance`` is told: a forward may ask for the class of a child that runs as it was."""
-        surgery, original = self.__dict__.get("grl_surgery"), self.__dict__.get(ORIGINAL)
-        if surgery is None or not surgery.is_opaque or isinstance(original, torch.jit.ScriptModule):
-            return type(self)
-        return type(original)
-
-    @__class__.setter
-    def __class__(self, kind: type) -> None:
-        """FSDP gives a module a class that also inherits from the one that it was told."""
-        told = self.__class__
-        bases = tuple(type(self) if base is told else base for base in kind.__bases__)
-        if told is not type(self) and told in kind.__bases__:
-            kind = type(kind.__name__, bases, {k: v for k, v in kind.__dict__.items() if k not in _PER_CLASS})
-        object.__dict__["__class__"].__set__(self, kind)
-
     def __getattr__(self, name: str) -> Any:
-        """Attributes and methods of an original whose own forward runs are the original's."""
+        """Methods and attributes of the original's class; a method that would run the network is refused."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            surgery = self.__dict__.get("grl_surgery")
-            if surgery is None or not surgery.is_opaque or name.startswith("__") or name in _OF_THE_GRAPH:
+            original = self.__dict__.get(ORIGINAL)
+            if original is None or name.startswith("__") or name in _OF_THE_GRAPH:
                 raise
-            return getattr(self.__dict__[ORIGINAL], name)
+            found = inspect.getattr_static(type(original), name, _MISSING)
+            if found is _MISSING:
+                raise
+        if isinstance(found, FunctionType):
+            return functools.partial(_run_without_modules, self, found)
+        return getattr(original, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """What is the original's stays one and the same there and here."""
@@ -246,24 +209,23 @@ class SplicedModule(fx.GraphModule):
             super().__setattr__(name, value)
             return
         setattr(self.grl_original, name, value)
-        if not surgery.is_opaque:
-            super().__setattr__(name, value)
+        super().__setattr__(name, value)
 
     # -- checkpoints: as the original reads and writes them
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The original's state, and that of the heads."""
-        with _complete(self) as network:
+        with _as_original(self) as network:
             return network.state_dict(*args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Take over what :meth:`state_dict` gave, of this network or of the original."""
-        with _complete(self) as network:
+        with _as_original(self) as network:
             return network.load_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Called where this network is a part of the one that is loaded."""
-        with _complete(self) as network:
+        with _as_original(self) as network:
             network._load_from_state_dict(*args, **kwargs)
 
     # -- graphs
@@ -272,7 +234,7 @@ class SplicedModule(fx.GraphModule):
     def graph(self) -> fx.Graph:
         """The graph that runs in the present mode."""
         surgery = self.__dict__.get("grl_surgery")
-        graph = surgery.traced.graphs.get(_flags(self), self._graph) if surgery else self._graph
+        graph = self.grl_traced.graphs.get(_flags(self), self._graph) if surgery else self._graph
         _own(graph, self)
         return graph
 
@@ -281,7 +243,7 @@ class SplicedModule(fx.GraphModule):
         self._graph = graph
         surgery = self.__dict__.get("grl_surgery")
         if surgery is not None:  # GraphModule.__init__ comes before there is anything to write
-            traced = replace(surgery.traced, graphs={**surgery.traced.graphs, _flags(self): graph})
+            traced = replace(self.grl_traced, graphs={**self.grl_traced.graphs, _flags(self): graph})
             self.__dict__["grl_surgery"] = replace(surgery, traced=traced)
             self.recompile()
 
@@ -289,7 +251,7 @@ class SplicedModule(fx.GraphModule):
         """Write the forward from the graph; with more than one, write each and choose by the mode."""
         self._graph = self.graph
         code = super().recompile()
-        traced = self.grl_surgery.traced
+        traced = self.grl_traced
         if not traced.steering:
             return code
         current, kind = self._graph, type(self)
@@ -315,14 +277,19 @@ class SplicedModule(fx.GraphModule):
 
     # -- copies
 
+    def __prepare_scriptable__(self) -> SplicedModule:
+        """Where torch.jit.script asks first: it cannot read a forward that Python objects go with."""
+        raise SurgeryError(
+            "torch.jit.script cannot read a spliced network; trace it instead, which keeps the reversals",
+            example="torch.jit.trace(m, example_inputs)",
+        )
+
     def __reduce__(self) -> tuple[Any, ...]:
-        surgery = self.grl_surgery
-        graphs = {flags: pack(graph) for flags, graph in surgery.traced.graphs.items()}
-        traced = replace(surgery.traced, graphs={})
+        graphs = {flags: pack(graph) for flags, graph in self.grl_traced.graphs.items()}
+        traced = replace(self.grl_traced, graphs={})
         attributes = {key: value for key, value in self.__dict__.items() if key not in _REBUILT}
-        if surgery.is_opaque:
-            return _rebuild, (self.grl_whole, traced, graphs, surgery.cuts, attributes, _spliced(self))
-        return _rebuild, (self.grl_original, traced, graphs, surgery.cuts, attributes, {})
+        done = replace(self.grl_surgery, traced=traced)
+        return _rebuild, (self.grl_original, done, graphs, attributes)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SplicedModule:
         twin = _rebuild(*copy.deepcopy(self.__reduce__()[1], memo))
@@ -330,24 +297,27 @@ class SplicedModule(fx.GraphModule):
         return twin
 
     def __copy__(self) -> SplicedModule:
-        _, (original, traced, graphs, cuts, attributes, modules) = self.__reduce__()
-        if self.grl_surgery.is_opaque:
-            original, modules = taken_apart(self)
-        return _rebuild(share_copy(original), traced, graphs, cuts, attributes, modules)
+        _, (original, *rest) = self.__reduce__()
+        return _rebuild(share_copy(original), *rest)
 
 
-def taken_apart(network: SplicedModule) -> tuple[nn.Module, dict[str, nn.Module]]:
-    """The original's tree over the same tensors, and what was spliced in, by name: copies of both."""
-    if network.grl_surgery.is_opaque:
-        twin: Any = share_copy(network)
-        return twin.grl_whole, _spliced(twin)
-    tree = share_copy(network.grl_original)
-    for name in network.grl_surgery.traced.constants:
+def disassemble(network: nn.Module) -> tuple[nn.Module, list[Cut], dict[str, nn.Module]]:
+    """A copy of the network before its surgery over the same tensors, its cuts, and what was spliced in.
+
+    A network that was not cut itself comes back as a copy, with no cuts.
+    """
+    done = surgery_of(network)
+    if done is None:
+        return share_copy(network), [], {}
+    tree = share_copy(network.grl_original if isinstance(network, SplicedModule) else network)
+    for name in done.traced.constants if done.traced else ():
         del tree._buffers[name]
         tree._non_persistent_buffers_set.discard(name)
-    modules = {name: tree._modules.pop(name) for name in network.grl_surgery.names}
+    modules: dict[str, Any] = {name: tree._modules.pop(name) for name in done.names}
+    tree.__dict__.pop("grl_surgery", None)
+    remove_call_hooks(tree, modules.values())
     tree.training = network.training
-    return tree, modules  # type: ignore[return-value]
+    return tree, list(done.cuts), modules
 
 
 def _in_place(tensor: torch.Tensor | None, moved: torch.Tensor | None) -> torch.Tensor | None:
@@ -371,43 +341,50 @@ def _own(graph: fx.Graph, network: SplicedModule) -> None:
     graph.owning_module = weakref.proxy(network, forget)  # type: ignore[assignment]
 
 
-def _spliced(network: SplicedModule) -> dict[str, nn.Module]:
-    """What was spliced in, by name."""
-    return {name: network._modules[name] for name in network.grl_surgery.names}  # type: ignore[misc]
-
-
 def _children(network: SplicedModule) -> dict[str, nn.Module | None]:
     """The original's children."""
     spliced = network.grl_surgery.names
     return {name: module for name, module in network._modules.items() if name not in spliced}
 
 
-def _set_children(original: nn.Module, children: Mapping[str, nn.Module | None]) -> None:
-    if original._modules != children and not isinstance(original, torch.jit.ScriptModule):
-        original._modules.clear()
-        original._modules.update(children)
-
-
 @contextlib.contextmanager
-def _complete(network: SplicedModule) -> Iterator[nn.Module]:
+def _as_original(network: SplicedModule) -> Iterator[nn.Module]:
     """The original with what was spliced in among its children; what it sets on itself is set here too."""
     original = network.grl_original
     if isinstance(original, torch.jit.ScriptModule):
         yield super(SplicedModule, network)  # type: ignore[misc]
-    elif network.grl_surgery.is_opaque:
-        _set_children(original, network._modules)
-        try:
-            yield original
-        finally:
-            _set_children(original, _children(network))
-    else:
-        yield original
-        network.__dict__.update((key, original.__dict__[key]) for key in _plain_attributes(original))
+        return
+    yield original
+    network.__dict__.update((key, original.__dict__[key]) for key in _plain_attributes(original))
+
+
+def _run_without_modules(network: SplicedModule, method: FunctionType, *args: Any, **kwargs: Any) -> Any:
+    """A method of the original's class, called on the spliced network.
+
+    Raises:
+        SurgeryError: It calls a module of the network, so that it would run past the graph.
+    """
+    thread = threading.get_ident()
+
+    def refuse(module: nn.Module, *_: Any) -> None:
+        if threading.get_ident() == thread:
+            raise SurgeryError(
+                f"{method.__name__}() runs modules of {type(network).__name__}, past the graph that holds "
+                "the reversals",
+                example="m(x); or insert_grl before the part that it leaves out, and call that",
+            )
+
+    handles = [module.register_forward_pre_hook(refuse) for module in _children(network).values() if module]
+    try:
+        return method(network, *args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _flags(network: SplicedModule) -> Flags:
     """The flags that decide which graph runs."""
-    return tuple(network.get_submodule(path).training for path in network.grl_surgery.traced.steering)
+    return tuple(network.get_submodule(path).training for path in network.grl_traced.steering)
 
 
 # ------------------------------------------------------------------------- what a result has of its original
@@ -431,8 +408,6 @@ def _on_the_original(method: Callable[..., Any]) -> Callable[..., Any]:
 
 def _without_spliced(network: SplicedModule) -> nn.Module:
     """The original with its own children only."""
-    if network.grl_surgery.is_opaque:
-        return network.grl_whole
     original = network.grl_original
     plain: nn.Module = object.__new__(type(original))
     plain.__dict__.update(original.__dict__, _modules=_children(network))
@@ -483,26 +458,23 @@ _CONTAINER = ("__getitem__", "__len__", "__iter__", "__contains__", "__bool__")
 # What the result and the original's tree hold in common, and those of the hooks that run around a forward.
 _HOOKS = tuple(key for key in nn.Module().__dict__ if "hook" in key)
 _SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", *_HOOKS)
-_AROUND_FORWARD = tuple(key for key in _HOOKS if "ward" in key and nn.Module().__dict__[key] == {})
 # What GraphModule looks up on itself.
-_OF_THE_GRAPH = frozenset({"grl_surgery", "grl_whole", "grl_original", ORIGINAL, "_graph", "_code"})
-_PER_CLASS = frozenset({"__dict__", "__weakref__"})
+_OF_THE_GRAPH = frozenset({"grl_surgery", "grl_original", "grl_traced", ORIGINAL, "_graph", "_code"})
+_MISSING = object()
 # What a copy makes anew.
 _REBUILT = frozenset({*_SHARED, *_EMPTY.__dict__, COMPILED, ORIGINAL, "grl_surgery"}) - {"training", "meta"}
 
 
 def _rebuild(
-    original: nn.Module,
-    traced: Trace,
-    graphs: Mapping[Flags, PackedGraph],
-    cuts: Sequence[Cut],
-    attributes: Mapping[str, Any],
-    modules: Mapping[str, nn.Module],
+    original: nn.Module, done: Surgery, graphs: Mapping[Flags, PackedGraph], attributes: Mapping[str, Any]
 ) -> SplicedModule:
+    assert done.traced is not None
     buffers = dict(original.named_buffers())
-    constants = {name: buffers[name] for name in traced.constants}
+    constants = {name: buffers[name] for name in done.traced.constants}
     unpacked = {flags: unpack(packed) for flags, packed in graphs.items()}
-    module = SplicedModule(original, replace(traced, graphs=unpacked, constants=constants), cuts, modules)
+    traced = replace(done.traced, graphs=unpacked, constants=constants)
+    module = SplicedModule(original, traced, done.cuts, {})
+    module.__dict__["grl_surgery"] = replace(module.grl_surgery, hooked=done.hooked)
     module.__dict__.update(attributes)
     return module
 
@@ -513,13 +485,11 @@ def _forward_by_mode(self: Any, *args: Any, **kwargs: Any) -> Any:
     forward: Callable[..., Any] | None = self.grl_variants.get(flags)
     if forward is not None:
         return forward(self, *args, **kwargs)
-    traced: Trace = self.grl_surgery.traced
-    modes = (
-        f"{path or 'the root'}.training={flag}" for path, flag in zip(traced.steering, flags, strict=True)
-    )
-    reason = traced.refused.get(flags, "surgery traced the mode of that moment, all on, and all off")
+    steering = self.grl_traced.steering
+    modes = (f"{path or 'the root'}.training={flag}" for path, flag in zip(steering, flags, strict=True))
     raise TracingError(
-        f"there is no graph for {', '.join(modes)}: {reason}",
+        f"there is no graph for {', '.join(modes)}: surgery traced the mode of that moment, all on, and all "
+        "off",
         example="model.train() or model.eval(); or set the flags before insert_grl",
     )
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
+import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,24 +17,27 @@ from grl_surgery.arguments import check_names, check_network
 from grl_surgery.cutting import apply_cuts
 from grl_surgery.errors import SurgeryError, TracingError
 from grl_surgery.loaded_program import check_no_program
-from grl_surgery.model_graph import arguments_kept
+from grl_surgery.loading.inputs import example_inputs as known_inputs
 from grl_surgery.points import Edge, ancestors, near_names
 from grl_surgery.reversal import GradientReversal
 from grl_surgery.scoped import splice_inside
-from grl_surgery.selection import Selector, select_edges, select_points
-from grl_surgery.sharing import COMPILED, exchange, share_copy
-from grl_surgery.spliced_module import Cut, SplicedModule, free_name, taken_apart
+from grl_surgery.selection import Selector, name_modules, select_edges, select_points
+from grl_surgery.sharing import COMPILED, exchange
+from grl_surgery.spliced_module import Cut, SplicedModule, disassemble, free_name, surgery_of
+from grl_surgery.tracer import TORCH
 
-__all__ = ["head_names", "insert_grl", "reversals", "strip"]
+__all__ = ["graph_module", "head_names", "insert_grl", "reversals", "strip"]
 
 
+@torch.inference_mode(False)
 def insert_grl(
     model: nn.Module,
-    *,
     after: Selector | None = None,
+    *,
     before: Selector | None = None,
     edge: Any = None,
     coeff: float | torch.Tensor = 1.0,
+    signed: bool = False,
     example_inputs: Any = None,
 ) -> nn.Module:
     """Splice a gradient reversal into a network, at a point or on one edge.
@@ -54,19 +59,20 @@ def insert_grl(
     Args:
         model: Any network; or the result of an earlier call.
         after: Reverse every use of the value of this point. A name, a list of names, ``"glob:layer3.*"``,
-            ``"re:..."``, ``"feature:3"`` as timm's ``feature_info`` counts, a module class, or a function of
-            a :class:`GraphNode`.
+            ``"re:..."``, ``"feature:3"`` as timm's ``feature_info`` counts, a module of the network, a module
+            class, or a function of a :class:`GraphNode`.
         before: Reverse what flows back out of this point: every tensor that it uses.
         edge: Reverse one use and no other: ``("layer2", "layer3.0.conv1")``, the same as
             ``"layer2 -> layer3.0.conv1"``; an :class:`Edge` out of ``graph(model).edges``; or a list.
         coeff: Non-negative; 0-d if it is a tensor. Every reversal can be set on its own afterwards.
+        signed: Whether coefficients may be negative, now or later.
         example_inputs: Arguments of forward: a tensor, a tuple, or a dict by name. Only needed where a
-            predicate looks at shapes, or to keep an optional argument of forward an argument.
+            predicate looks at shapes.
 
     Returns:
-        A ``torch.fx.GraphModule`` with the original's state_dict keys. Where the network's own forward
-        cannot be traced, a network of the original's class, in which the smallest module around the points
-        that can be traced is replaced by its graph.
+        A network with the original's state_dict keys that takes every call the original takes. It is a
+        ``torch.fx.GraphModule`` where the forwards around the points can be traced without losing anything,
+        and otherwise a network of the original's class.
 
     Raises:
         PointNotFoundError: A selector matches nothing.
@@ -76,19 +82,25 @@ def insert_grl(
         SurgeryError: Not exactly one of after, before and edge, or a coefficient that is not valid.
     """
     keyword, selector = _only_one(after=after, before=before, edge=edge)
-    layer = GradientReversal(coeff)
+    layer = GradientReversal(coeff, signed=signed)
     check_model(model, "insert_grl")
     check_no_program(model, "insert_grl")
-    base, cuts, modules = patient(model)
+    selector = name_modules(model, selector)
+    base, cuts, modules = disassemble(model)
     if keyword == "edge":
         places: Sequence[str | Edge] = select_edges(base, selector)
     else:
         places = select_points(base, selector, keyword, example_inputs)
     for place in places:
         name = _free_name(base, modules, place)
-        modules[name] = on_same_device(GradientReversal(layer.coeff.clone()), base)
+        modules[name] = on_same_device(GradientReversal(layer.coeff.clone(), signed=signed), base)
         cuts.append(Cut(keyword, place, name))  # type: ignore[arg-type]
-    return splice(base, cuts, modules, arguments_kept(model, example_inputs))
+    return splice(base, cuts, modules, lambda: inputs_of(base, example_inputs))
+
+
+def inputs_of(model: nn.Module, example_inputs: Any) -> Any:
+    """The example inputs that were given, or those that are known for this network; None without either."""
+    return known_inputs(model) if example_inputs is None else example_inputs
 
 
 def _only_one(**selectors: Any) -> tuple[str, Any]:
@@ -116,6 +128,8 @@ def check_model(model: Any, verb: str) -> None:
             f"this network is wrapped in {kind}, which would go on running the old graph: splice, then wrap",
             example=f"{verb}(model.{inner[kind]}, ...)",
         )
+    if verb in _CUTS:
+        _check_not_sharded(model, verb)
     if isinstance(model, torch.jit.ScriptModule):
         raise SurgeryError(f"{verb} cannot cut a scripted network: pass the nn.Module that it was made from")
     compiled = [path or "the root" for path, m in model.named_modules() if m.__dict__.get(COMPILED)]
@@ -127,19 +141,22 @@ def check_model(model: Any, verb: str) -> None:
         )
 
 
+def _check_not_sharded(model: nn.Module, verb: str) -> None:
+    # By name, since importing torch's distributed modules takes seconds.
+    for path, module in model.named_modules():
+        kinds = {kind.__name__ for kind in type(module).__mro__}
+        kinds |= {type(parameter.data).__name__ for parameter in module.parameters(recurse=False)}
+        sharded = kinds & {"FSDPModule", "FullyShardedDataParallel", "DTensor"}
+        if sharded:
+            raise SurgeryError(
+                f"{repr(path) if path else 'this network'} is sharded ({min(sharded)}), and what gathers its "
+                "parameters would go on serving the old graph: splice, then shard",
+                example=f"m = {verb}(model, ...), with a model that is not sharded; then fully_shard(m)",
+            )
+
+
 _CUTS = frozenset({"insert_grl", "attach_domain_head", "adopt"})
 """The verbs that give a network another graph; the others only read it, or take something out."""
-
-
-def patient(model: nn.Module) -> tuple[nn.Module, list[Cut], dict[str, nn.Module]]:
-    """A tree to operate on, over the same tensors, and what was spliced into it before."""
-    if not isinstance(model, SplicedModule):
-        return share_copy(model), [], {}
-    tree, modules = taken_apart(model)
-    if not model.grl_surgery.is_opaque:
-        return tree, list(model.grl_surgery.cuts), modules
-    cuts = [replace(cut, kind="head") for cut in model.grl_surgery.cuts]  # with taps to be made again
-    return _strip_inside(tree, "", [cut.module for cut in cuts]), cuts, modules
 
 
 def on_same_device(layer: nn.Module, model: nn.Module) -> nn.Module:
@@ -163,13 +180,66 @@ def splice(
     base: nn.Module,
     cuts: Sequence[Cut],
     modules: Mapping[str, nn.Module],
-    given: Mapping[str, type] | None = None,
+    find_inputs: Callable[[], Any] = lambda: None,
 ) -> nn.Module:
-    """The spliced network: as one graph if the root can be traced, else within the smallest modules."""
+    """The spliced network: as one graph if the root can be traced, else each cut in the smallest scope.
+
+    Args:
+        base: A tree of its own; it becomes part of the result.
+        cuts: What to splice in, in order.
+        modules: The reversals and heads, by the names that the cuts give them.
+        find_inputs: Returns arguments of forward, or None where none are known; called where the network has
+            to run.
+    """
+    if not cuts:
+        return base
     try:
-        return SplicedModule(base, apply_cuts(base, cuts, given=given), cuts, modules)
+        return SplicedModule(base, apply_cuts(base, cuts), cuts, modules)
     except TracingError as error:
-        return splice_inside(base, cuts, modules, error, given)
+        return splice_inside(base, cuts, modules, error, find_inputs)
+
+
+def graph_module(model: nn.Module) -> SplicedModule:
+    """The same spliced network as a graph, for what needs one.
+
+    Surgery returns a graph by itself wherever that loses nothing.
+
+    Example:
+        >>> import torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> graph_module(insert_grl(net, after="1")).graph.find_nodes(op="call_module", target="grl_1")
+        [grl_1]
+
+    Args:
+        model: A result of surgery; not changed.
+
+    Raises:
+        SurgeryError: It is not spliced.
+        TracingError: A forward around a point cannot be traced, or a graph would take fewer calls than it.
+            The message says which line of which file stands in the way.
+    """
+    check_model(model, "graph_module")
+    if isinstance(model, SplicedModule) and not model.grl_surgery.hooked:
+        return model
+    tree, cuts, modules = disassemble(model)
+    if not cuts:
+        raise SurgeryError(
+            f"this {type(model).__name__} is not spliced", example="graph_module(insert_grl(model, 'layer3'))"
+        )
+    try:
+        return SplicedModule(tree, apply_cuts(tree, cuts), cuts, modules)
+    except TracingError as error:
+        raise TracingError(f"{str(error).partition(chr(10))[0]} ({line_in_the_way(error, tree)})") from error
+
+
+def line_in_the_way(error: BaseException, model: nn.Module) -> str:
+    """The last line of the network's own code on the way to an error; else where its forward begins."""
+    frames = traceback.extract_tb(error.__cause__.__traceback__ if error.__cause__ else None)
+    own = [frame for frame in frames if not frame.filename.startswith((TORCH, os.path.dirname(__file__)))]
+    if own:
+        return f"{own[-1].filename}, line {own[-1].lineno}"
+    code = inspect.unwrap(type(model).forward).__code__
+    return f"{code.co_filename}, line {code.co_firstlineno}"
 
 
 # ------------------------------------------------------------------------------------------ reading, undoing
@@ -200,8 +270,8 @@ def reversals(model: nn.Module) -> dict[str, GradientReversal]:
 
 def head_names(model: nn.Module) -> list[str]:
     """Names of the domain heads, in the order attached: the order of their logits in the output."""
-    cuts = model.grl_surgery.cuts if isinstance(model, SplicedModule) else ()
-    return [cut.module for cut in cuts if cut.is_head]
+    done = surgery_of(model)
+    return [cut.module for cut in done.cuts if cut.is_head] if done else []
 
 
 def inner_heads(model: nn.Module) -> list[str]:
@@ -250,35 +320,18 @@ def strip(model: nn.Module, names: Sequence[str] | str | None = None) -> nn.Modu
 
 def _spliced_names(model: nn.Module) -> list[str]:
     return [
-        f"{path}.{cut.module}" if path else cut.module
+        f"{path}.{name}" if path else name
         for path, module in model.named_modules()
-        if isinstance(module, SplicedModule)
-        for cut in module.grl_surgery.cuts
-        if cut.kind != "tap"
+        if (done := surgery_of(module))
+        for name in done.names
     ]
 
 
 def _strip(model: nn.Module, prefix: str, names: Sequence[str]) -> nn.Module:
-    if not isinstance(model, SplicedModule):
-        return _strip_inside(share_copy(model), prefix, names)
-    tree, modules = taken_apart(model)
-    tree = _strip_inside(tree, prefix, names)
-    rest = [cut for cut in model.grl_surgery.cuts if not _is_named(cut, prefix, names)]
-    kept = {cut.module: modules[cut.module] for cut in rest if cut.kind != "tap"}
-    if not rest:
-        return tree
-    return SplicedModule(tree, apply_cuts(tree, rest, given=model.grl_surgery.arguments), rest, kept)
-
-
-def _strip_inside(tree: nn.Module, prefix: str, names: Sequence[str]) -> nn.Module:
-    """Strip the modules of a tree, which is changed; each takes care of what lies inside it."""
-    parts = {path: part for path, part in tree.named_modules() if isinstance(part, SplicedModule)}
+    tree, cuts, modules = disassemble(model)
+    parts = {path: part for path, part in tree.named_modules() if path and surgery_of(part)}
     for path, part in parts.items():
-        if not any(path.startswith(f"{other}.") for other in parts):
+        if not any(path.startswith(f"{other}.") for other in parts):  # it takes care of what lies inside it
             exchange(tree, part, _strip(part, f"{prefix}{path}.", names))
-    return tree
-
-
-def _is_named(cut: Cut, prefix: str, names: Sequence[str]) -> bool:
-    """Whether a cut is to go; a tap goes with the head that reads it."""
-    return (cut.module.partition(".")[0] if cut.kind == "tap" else prefix + cut.module) in names
+    rest = [cut for cut in cuts if prefix + cut.module not in names]
+    return splice(tree, rest, {cut.module: modules[cut.module] for cut in rest})

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from grl_surgery.sharing import share_copy
 
-__all__ = ["Flag", "is_building_block", "is_opaque", "overrides_call", "refuse_own_call", "trace_copy"]
+__all__ = ["Flag", "has_forward", "is_building_block", "overrides_call", "refuse_own_call", "trace_copy"]
 
 
 def trace_copy(model: nn.Module, opened: frozenset[str], mode: bool | None) -> nn.Module:
@@ -48,10 +48,11 @@ def is_building_block(module: nn.Module) -> bool:
     )
 
 
-def is_opaque(module: nn.Module) -> bool:
-    """Whether it is a part of an earlier surgery whose own forward runs: there is nothing to trace."""
-    surgery = module.__dict__.get("grl_surgery")
-    return surgery is not None and bool(surgery.is_opaque)
+def has_forward(module: nn.Module) -> bool:
+    """Whether somebody can call a module: nobody calls a list of modules."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
+    return type(module).forward is not nn.Module.forward
 
 
 def overrides_call(module: nn.Module) -> bool:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import dis
 import functools
 import inspect
 import itertools
 import operator
 import os
-import reprlib
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType, FunctionType, ModuleType
 from typing import Any
 
@@ -19,24 +20,20 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from grl_surgery.errors import TracingError
 from grl_surgery.forward_text import signature
+from grl_surgery.links import boundary
 from grl_surgery.made_tensors import MadeTensors
 from grl_surgery.points import escape
-from grl_surgery.reachable import compared_arguments
+from grl_surgery.reachable import classes_asked, compared_arguments, names_in
 from grl_surgery.reversal import GradientReversal
 from grl_surgery.trace_copy import Flag, is_building_block, refuse_own_call
 from grl_surgery.values import ASSIGNED, IN_PLACE, Stored, Value
 
 __all__ = [
-    "KINDS",
     "Hooked",
     "Stopped",
     "Tracer",
     "Unseen",
-    "boundary",
-    "check_fixed",
-    "check_kind",
     "is_item",
     "operation",
     "returns_several",
@@ -63,33 +60,6 @@ class Hooked(Stopped):
     """It calls the module at ``path``, around which hooks run that are registered for every module."""
 
 
-def boundary(value: Any) -> Any:
-    """Marks in a graph where a value enters or leaves a traced module; taken out before the graph runs."""
-    return value
-
-
-def check_fixed(value: Any, name: str, default: Any) -> Any:
-    """Refuse another value than the default for an argument that tracing has fixed."""
-    if isinstance(value, fx.Proxy) or value is default or repr(value) == repr(default):  # 1 is not True
-        return value
-    raise TracingError(
-        f"the argument {name!r} steers what forward does, so surgery fixed it at {default!r}; "
-        f"got {reprlib.repr(value if isinstance(value, _SHOWN) else type(value).__name__)}",
-        example=f"insert_grl(model, ..., example_inputs={{..., {name!r}: value}}) keeps it an argument",
-    )
-
-
-def check_kind(value: Any, name: str, kind: str) -> Any:
-    """Refuse another kind of value than the one that forward was told when it asked."""
-    if isinstance(value, (fx.Proxy, KINDS[kind])):
-        return value
-    raise TracingError(
-        f"the kind of value that {name!r} is steers what forward does, so surgery fixed it as a {kind}; "
-        f"got a {type(value).__name__}",
-        example="insert_grl(model, ..., example_inputs=...) with values as forward will get them",
-    )
-
-
 def returns_several(layer: nn.Module) -> bool:
     """Whether a layer of torch returns a tuple of tensors."""
     kinds = (nn.RNNBase, nn.LSTMCell, nn.MultiheadAttention, nn.AdaptiveLogSoftmaxWithLoss)
@@ -97,14 +67,10 @@ def returns_several(layer: nn.Module) -> bool:
     return pairs or bool(getattr(layer, "return_indices", False))
 
 
-# What an argument may be taken for where a forward asks; a class stands in a graph by its name.
-KINDS = {kind.__name__: kind for kind in (torch.Tensor, bool, int, float, str, dict, list, tuple, object)}
-
 _ITERATED = (
     "it goes through the items of a value, and how many there are is only known when the network runs "
     "(x.shape passed whole, as in torch.zeros(x.shape), can be traced, *x.shape cannot)"
 )
-_SHOWN = (bool, int, float, str, dict, list, tuple)
 _NUMBERS = (int, float, complex)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -118,9 +84,8 @@ class Tracer(fx.Tracer):
         self,
         model: nn.Module,
         opened: frozenset[str],
-        given: Mapping[str, type],
+        given: frozenset[str] | None,
         constants: dict[str, torch.Tensor],
-        numbers_fixed: bool,
         whole: tuple[FunctionType | ModuleType, ...],
         moved: Callable[[], bool],
         changed: Callable[[], str | None],
@@ -130,9 +95,8 @@ class Tracer(fx.Tracer):
             autowrap_functions=tuple(it for it in whole if isinstance(it, FunctionType)),
         )
         self.model, self.opened, self.given, self.constants = model, opened, given, constants
-        self.numbers_fixed, self.moved, self.changed = numbers_fixed, moved, changed
+        self.moved, self.changed = moved, changed
         self.steering: set[str] = set()
-        self.has_numbers = False
         self.made = MadeTensors(model)
         self.refusal: Exception | None = None
         self.inside = [""]
@@ -183,7 +147,7 @@ class Tracer(fx.Tracer):
         self.inside.append(path)
         _refuse_hooks(m, path)
         refuse_own_call(m, path, opened=True)
-        _refuse_comparison(type(m).forward)
+        _refuse_questions(type(m).forward)
         self.calls += 1
         call = self.calls
         named = [(str(index), value) for index, value in enumerate(args)]
@@ -267,16 +231,6 @@ class Tracer(fx.Tracer):
         made_by = getattr(node.target, "__module__", "")
         return node.op == "call_function" and made_by == "_operator" and node.target is not operator.getitem
 
-    def kind_of_argument(self, node: fx.Node) -> type:
-        """What an argument is taken for, and has to be: a tensor, unless the example inputs say otherwise."""
-        name = str(node.target)
-        given = self.given.get(name, torch.Tensor)
-        kind = next(kind for kind in KINDS if issubclass(given, KINDS[kind]))
-        if all(user.target is not check_kind for user in node.users):
-            check = self.create_node("call_function", check_kind, (node, name, kind), {})
-            del check.meta["base"]  # no point: nothing flows through it
-        return KINDS[kind]
-
     def iter(self, obj: fx.Proxy) -> Any:
         """The items of a value, where the line of code says how many there are."""
         try:
@@ -357,22 +311,24 @@ class Tracer(fx.Tracer):
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable[[], Any], list[Any]]:
         """The root's forward, given proxies for its arguments, and its checks afterwards."""
-        _refuse_comparison(root_fn)
-        _, *parameters = inspect.signature(root_fn).parameters.values()
+        _refuse_questions(root_fn)
+        parameters = list(inspect.signature(root_fn).parameters.values())[1:]
+        if self.given is None:
+            _refuse_narrowing(root_fn, parameters)
+        elif any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+            raise RuntimeError("it takes any number of arguments")
         positional: list[Any] = []
         keywords: dict[str, Any] = {}
         for parameter in parameters:
-            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            if not self.is_passed(parameter):
+                self.note_argument(parameter)
                 continue
-            value = self.argument(parameter)
-            if parameter.kind is parameter.KEYWORD_ONLY:
+            value = self.placeholder(parameter)
+            if parameter.kind is parameter.KEYWORD_ONLY or keywords or self.given is not None:
                 keywords[parameter.name] = value
             else:
                 positional.append(value)
-        keywords |= {
-            name: self.create_proxy("placeholder", name, (), {}) for name in self.unnamed(parameters)
-        }
-        codegen = signature(parameters, len(positional))
+        codegen = signature(parameters, len(positional)) if self.given is None else None
         if codegen is not None:
             self.graph.set_codegen(codegen)
         self.inside = [""]
@@ -388,48 +344,32 @@ class Tracer(fx.Tracer):
 
         return run, []
 
-    def unnamed(self, parameters: Sequence[inspect.Parameter]) -> list[str]:
-        """What callers will pass by way of ``**kwargs``, and stays an argument."""
-        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
-            return []
-        names = {parameter.name for parameter in parameters}
-        return [name for name in self.given if name not in names]
+    def note_argument(self, parameter: inspect.Parameter) -> None:
+        """Have a graph that is looked at show an argument that is left out."""
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            with contextlib.suppress(RuntimeError):
+                self.placeholder(parameter)
 
-    def placeholder(self, name: str, *default: Any) -> fx.Proxy:
+    def is_passed(self, parameter: inspect.Parameter) -> bool:
+        """Whether the graph has an argument of the root's; one that is only looked at has those given."""
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            return False
+        is_required = parameter.default is parameter.empty
+        return self.given is None or is_required or parameter.name in self.given
+
+    def placeholder(self, parameter: inspect.Parameter) -> fx.Proxy:
         """A proxy for one argument, with its default, which has to be one that can be written as code."""
+        name, default = parameter.name, parameter.default
+        defaults = () if default is parameter.empty or name in (self.given or ()) else (default,)
         try:
-            proxy = self.create_proxy("placeholder", name, default, {})
+            proxy = self.create_proxy("placeholder", name, defaults, {})
         except NotImplementedError:
             proxy = None
         if proxy is None or proxy.node.all_input_nodes:
-            is_tensor = isinstance(default[0], torch.Tensor)
-            kind = "tensor" if is_tensor else f"{type(default[0]).__name__} that a graph cannot have"
+            is_tensor = isinstance(default, torch.Tensor)
+            kind = "tensor" if is_tensor else f"{type(default).__name__} that a graph cannot have"
             raise RuntimeError(f"the default of its argument {name!r} is a {kind}")
         return proxy
-
-    def argument(self, parameter: inspect.Parameter) -> Any:
-        """A proxy for one argument, or its default where that steers the forward."""
-        name, default = parameter.name, parameter.default
-        is_required = default is parameter.empty
-        node = self.placeholder(name) if is_required else self.placeholder(name, default)
-        given = self.given.get(name)
-        if given is type(None):
-            return self.fixed(node, name, None)
-        if default is None and given:  # left out, it would be another forward
-            self.kind_of_argument(node.node)
-        if is_required or given:
-            return node
-        is_number = isinstance(default, _NUMBERS) and not isinstance(default, bool)
-        self.has_numbers |= is_number
-        if is_number and not self.numbers_fixed:
-            return node
-        return self.fixed(node, name, default)
-
-    def fixed(self, argument: fx.Proxy, name: str, value: Any) -> Any:
-        """The one value that an argument has, and has to have."""
-        check = self.create_proxy("call_function", check_fixed, (argument, name, value), {})
-        del check.node.meta["base"]  # no point: nothing flows through it
-        return value
 
     # -- what stops it
 
@@ -497,11 +437,47 @@ def _refuse_hooks(module: nn.Module, path: str) -> None:
         raise RuntimeError(f"{path!r} has a forward set on the instance, which would be lost")
 
 
-def _refuse_comparison(forward: Any) -> None:
-    """To a trace, arguments are never one object; when the network runs they may be."""
+def _refuse_questions(forward: Any) -> None:
+    """Refuse a forward that asks what a trace would answer otherwise than the network that runs."""
     code = getattr(inspect.unwrap(forward), "__code__", None)
-    if code is not None and (names := compared_arguments(code)):
+    if code is None:
+        return
+    if names := compared_arguments(code):  # to a trace, arguments are never one object
         raise RuntimeError(f"it asks whether {' and '.join(names)} are the same object")
+    if asked := classes_asked(code):
+        raise RuntimeError(f"it asks for the type of {asked[0]!r}")
+    if "is_grad_enabled" in names_in(code):
+        raise RuntimeError("it asks whether gradients are computed, and a graph would keep the answer")
+
+
+def _refuse_narrowing(forward: Any, parameters: Sequence[inspect.Parameter]) -> None:
+    """Refuse a forward that takes calls which a graph would not take."""
+    code = getattr(forward, "__code__", None)
+    plain = getattr(inspect.unwrap(forward), "__code__", None)
+    if code is not plain:
+        raise RuntimeError("a decorator runs around it, which a graph would lose")
+    for parameter in parameters:
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            raise RuntimeError(f"it takes any arguments, as {parameter!s}, and a graph has a fixed list")
+        default = parameter.default
+        may_stay = isinstance(default, _NUMBERS) and not isinstance(default, bool)
+        if default is parameter.empty or may_stay or not _is_read(plain, parameter.name):
+            continue
+        raise RuntimeError(
+            f"what it does may depend on its argument {parameter.name!r}, which is {default!r} if left out, "
+            "and a graph would keep one way"
+        )
+
+
+def _is_read(code: Any, name: str) -> bool:
+    """Whether a function does anything with one of its arguments."""
+    if name in code.co_cellvars:
+        return True
+    return any(
+        step.opname.startswith("LOAD_FAST")
+        and name in (step.argval if isinstance(step.argval, tuple) else (step.argval,))
+        for step in dis.get_instructions(code)
+    )
 
 
 # ---------------------------------------------------------------------------------------- node names

@@ -18,10 +18,9 @@ from grl_surgery.errors import SurgeryError, TracingError
 from grl_surgery.function_calls import functions_kept
 from grl_surgery.generators import random_state_kept
 from grl_surgery.in_place import Effects, follow, memory, overwritten
-from grl_surgery.kinds import kinds_answered
 from grl_surgery.points import ancestors, escape, number
 from grl_surgery.python_state import python_state_kept
-from grl_surgery.trace_copy import is_opaque, trace_copy
+from grl_surgery.trace_copy import trace_copy
 from grl_surgery.tracer import TORCH, Hooked, Stopped, Tracer, Unseen, is_item
 
 __all__ = ["Trace", "around_aliases", "module_paths", "trace"]
@@ -38,14 +37,12 @@ class Trace:
         steering: Paths of the modules whose ``training`` flag decides what the forward does.
         constants: Tensors that the forward makes itself, by the attribute under which graphs refer to them.
         opened: Paths of the modules whose forwards were traced through; the root's is ``""``.
-        refused: Modes that cannot be traced, each with the reason.
     """
 
     graphs: dict[Flags, fx.Graph]
     steering: tuple[str, ...]
     constants: dict[str, torch.Tensor]
     opened: frozenset[str]
-    refused: dict[Flags, str]
 
     def names(self) -> list[str]:
         """Every name in the graphs, in the order of execution."""
@@ -96,7 +93,7 @@ def trace(
     model: nn.Module,
     opened: Collection[str],
     *,
-    given: Mapping[str, type] | None = None,
+    given: Collection[str] = (),
     lenient: bool = False,
 ) -> Trace:
     """Trace the forwards of the ``opened`` modules; every other module stays one call.
@@ -106,12 +103,14 @@ def trace(
     Args:
         model: Root of the network.
         opened: Paths of the modules to trace through; the root is always among them.
-        given: Arguments of the root's forward that callers will pass, and of which class; they stay arguments
-            though they have a default.
-        lenient: Where a module's forward cannot be traced, keep the module as one call instead of failing.
+        given: Arguments of the root's forward that are passed though they have a default; only for
+            a ``lenient`` trace.
+        lenient: For a graph that is looked at and does not run: arguments with a default are left out, and
+            where a module's forward cannot be traced, or only in the present mode, that is no failure.
 
     Raises:
-        TracingError: A forward cannot be traced. It names the module and what stopped it.
+        TracingError: A forward cannot be traced, or a graph could not take every call that it takes. The
+            message names the module and what stopped the trace.
         SurgeryError: Hooks that run around every module would not run around one.
     """
     wanted = {"", *opened, *(around for path in opened for around in ancestors(path))}
@@ -119,7 +118,7 @@ def trace(
     closed: set[str] = set()
     while True:
         try:
-            return _trace_modes(model, frozenset(opened), given or {})
+            return _trace_modes(model, frozenset(opened), frozenset(given) if lenient else None)
         except Stopped as stopped:
             stop = stopped
         if isinstance(stop, Unseen):
@@ -137,9 +136,7 @@ def trace(
 
 
 def _can_be_opened(model: nn.Module, path: str) -> bool:
-    """A part of an earlier surgery whose own forward runs has no code of ours to trace."""
-    module = model.get_submodule(path)
-    return not path or not (is_opaque(module) or isinstance(module, torch.jit.ScriptModule))
+    return not path or not isinstance(model.get_submodule(path), torch.jit.ScriptModule)
 
 
 def _way_out(path: str) -> str:
@@ -147,29 +144,28 @@ def _way_out(path: str) -> str:
     return f"{whole} needs no trace of that forward"
 
 
-def _trace_modes(model: nn.Module, opened: frozenset[str], given: Mapping[str, type]) -> Trace:
+def _trace_modes(model: nn.Module, opened: frozenset[str], given: frozenset[str] | None) -> Trace:
     """Trace as the flags are now and, if a forward looks at them, with all on and all off as well."""
     constants: dict[str, torch.Tensor] = {}
     graph, read = _trace_once(model, opened, given, constants)
     variants: dict[bool | None, fx.Graph] = {None: graph}
-    reasons: dict[bool | None, str] = {}
     for mode in (True, False) if read else ():
         try:
             variants[mode], also_read = _trace_once(model, opened, given, constants, mode)
             read |= also_read
-        except Stopped as stop:
-            reasons[mode] = str(stop)
+        except Stopped:
+            if given is None:  # a graph for one mode only would refuse the other
+                raise
     _name_nodes([variants[mode] for mode in (True, False, None) if mode in variants])
     shapes = [_structure(graph) for graph in variants.values()]
-    if not reasons and all(shape == shapes[0] for shape in shapes[1:]):
-        return Trace({(): graph}, (), constants, opened, {})
+    if all(shape == shapes[0] for shape in shapes[1:]):
+        return Trace({(): graph}, (), constants, opened)
     steering = tuple(sorted(read))
 
     def flags(mode: bool | None) -> Flags:
         return tuple(model.get_submodule(p).training if mode is None else mode for p in steering)
 
-    graphs = {flags(mode): graph for mode, graph in variants.items()}
-    return Trace(graphs, steering, constants, opened, {flags(mode): why for mode, why in reasons.items()})
+    return Trace({flags(mode): graph for mode, graph in variants.items()}, steering, constants, opened)
 
 
 def _structure(graph: fx.Graph) -> list[Any]:
@@ -231,24 +227,23 @@ def _base(node: fx.Node) -> str:
 def _trace_once(
     model: nn.Module,
     opened: frozenset[str],
-    given: Mapping[str, type],
+    given: frozenset[str] | None,
     constants: dict[str, torch.Tensor],
     mode: bool | None = None,
-    numbers_fixed: bool = False,
     whole: tuple[FunctionType | ModuleType, ...] = (),
 ) -> tuple[fx.Graph, set[str]]:
     """One trace with the flags as they are, or all set to ``mode``; and whose flags the forwards read.
 
-    Where a number among the arguments steers the forward, it is traced again with all of them fixed; where a
-    function that a forward calls cannot be traced, again with that function as one operation. Those of
-    ``math`` can never be; wrapping them all costs more than a small trace, so it waits until one is called.
+    Where a function that a forward calls cannot be traced, it is traced again with that function as one
+    operation. Those of ``math`` can never be; wrapping them all costs more than a small trace, so it waits
+    until one is called.
     """
     copy = trace_copy(model, opened, mode)
     modules = {path: copy.get_submodule(path) for path in opened}
     with random_state_kept() as moved, python_state_kept(modules) as changed:
-        tracer = Tracer(model, opened, given, constants, numbers_fixed, whole, moved, changed)
+        tracer = Tracer(model, opened, given, constants, whole, moved, changed)
         try:
-            with functions_kept(tracer), kinds_answered(modules.values()):
+            with functions_kept(tracer):
                 graph = tracer.trace(copy)
             _renew(model, graph, tracer.made.nodes())
             follow(model, graph)
@@ -259,13 +254,11 @@ def _trace_once(
             function = _function_that_failed(error)
             if isinstance(error, (TypeError, fx.proxy.TraceError)) and math not in whole:
                 whole = (*whole, math)
-            elif isinstance(error, fx.proxy.TraceError) and tracer.has_numbers and not numbers_fixed:
-                numbers_fixed = True
             elif function is not None and function not in whole:
                 whole = (*whole, function)
             else:
                 raise tracer.stopped(error) from error
-    return _trace_once(model, opened, given, constants, mode, numbers_fixed, whole)
+    return _trace_once(model, opened, given, constants, mode, whole)
 
 
 def _renew(model: nn.Module, graph: fx.Graph, made: Iterable[fx.Node]) -> None:

@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import math
 import operator
+import os
+import sys
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
+from grl_surgery.links import is_size, size_class
+from grl_surgery.reachable import asking_lines
+
 if TYPE_CHECKING:
     from grl_surgery.tracer import Tracer
 
 __all__ = ["ASSIGNED", "IN_PLACE", "Stored", "Value"]
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_OF_A_PROXY = frozenset({"tracer", "node", "root", "attr", "_node"})
+# Who asks for the class of a proxy itself: torch.fx, what walks through nested values, and this library.
+_MACHINERY = (
+    *(_TORCH + part for part in ("fx", "overrides", "utils/_pytree", "nn/modules/module")),
+    os.path.dirname(__file__) + os.sep,
+)
 
 ASSIGNED = "an item of a value is assigned, and a graph would leave the value as it is"
 
@@ -27,12 +41,31 @@ class Value(fx.Proxy):
 
     tracer: Tracer
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """The class of a size; that of another value is not told where the network's own code asks.
+
+        C code asks as well, and would take for a tensor what says that it is one.
+        """
+        asking = sys._getframe(1)
+        while asking.f_code.co_name == "__instancecheck__" and asking.f_back:
+            asking = asking.f_back
+        is_ours = asking.f_code.co_filename.startswith(_MACHINERY)
+        if is_ours or threading.get_ident() != self.tracer.thread:
+            return type(self)
+        if is_size(self.node):
+            return size_class(self.node)
+        if asking.f_lineno in asking_lines(asking.f_code):
+            self.tracer.look_into(self.node)
+            raise self.tracer.refused(TypeError("it asks of which class a value is"))
+        return type(self)
+
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.look_into(self.node)
         raise self.tracer.refused(TypeError(ASSIGNED))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if hasattr(torch.Tensor, name):
+        if name not in _OF_A_PROXY:
             reason = f"it assigns the {name} of a value, and a graph would leave the value as it is"
             raise self.tracer.refused(TypeError(reason))
         super().__setattr__(name, value)

@@ -546,7 +546,9 @@ def test_exactly_the_right_gradients_flip_and_nothing_else_changes(
     assert report.ok, str(report)
     assert report.mode == mode
     kinds = expected_kinds(model, subject.network, point)
-    assert {row.name: row.predicted for row in report.parameters} == kinds
+    predicted = {row.name: row.predicted for row in report.parameters}
+    is_graph = isinstance(spliced, torch.fx.GraphModule)  # of no other network is anything predicted
+    assert predicted == (kinds if is_graph else dict.fromkeys(kinds, "unknown"))
     certain = [row for row in report.parameters if row.measured != "no signal" and row.predicted != "mixed"]
     assert {row.name: row.measured for row in certain} == {row.name: kinds[row.name] for row in certain}
     assert sum(row.measured == "no signal" for row in report.parameters) <= len(kinds) // 10, str(report)

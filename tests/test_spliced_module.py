@@ -379,42 +379,22 @@ class Options(Net):
         return self.c(self.a(x)) * kw.get("scale", 1.0) + bias
 
 
-def test_what_surgery_left_out_of_the_arguments_is_refused_by_name(x: torch.Tensor):
+def test_any_arguments_that_a_forward_takes_are_taken_by_the_result(x: torch.Tensor):
     model = Options()
     spliced = gs.insert_grl(model, after="a")
-    assert list(inspect.signature(spliced.forward).parameters) == ["x", "more", "bias", "kw"]
-    assert torch.equal(spliced(x, bias=2.0), model(x, bias=2.0))
+    assert inspect.signature(spliced.forward) == inspect.signature(model.forward)
     for twin in (spliced, copy.deepcopy(spliced), pickle.loads(pickle.dumps(spliced))):
-        with pytest.raises(gs.TracingError, match=r"left \*\*kw out of this forward.*got 'scale'"):
-            twin(x, scale=2.0)
-        with pytest.raises(gs.TracingError, match=r"left \*more out of this forward.*got 1 more"):
-            twin(x, x)
-    names = [node.name for node in gs.graph(spliced).nodes]
-    assert names == ["x", "bias", "a", "grl_a", "c", "mul", "add", "output"]
+        assert torch.equal(twin(x, x, scale=2.0, bias=1.0), model(x, x, scale=2.0, bias=1.0))
+        assert is_flipped(twin, model, x, "a.weight")
 
 
-def test_a_keyword_that_example_inputs_pass_stays_an_argument(x: torch.Tensor):
-    model = Options()
-    spliced = gs.insert_grl(model, after="a", example_inputs={"x": x, "scale": 2.0})
-    spliced = gs.insert_grl(spliced, after="c")
-    assert torch.equal(spliced(x, scale=3.0), model(x, scale=3.0))
-    with pytest.raises(gs.TracingError, match=r"left \*\*kw out"):
-        spliced(x, scale=2.0, shift=1.0)
-
-
-def test_programs_and_folders_have_the_arguments_with_names(x: torch.Tensor, tmp_path: Any):
-    pytest.importorskip("safetensors")
+def test_programs_have_the_arguments_with_names(x: torch.Tensor, tmp_path: Any):
     model = Options()
     spliced = gs.insert_grl(model, after="a")
     program = torch.export.export(spliced, (x,)).module()
     torch.testing.assert_close(program(x), model(x))
-    gs.export(spliced, tmp_path / "folder", example_inputs=(x,))
-    written: dict[str, Any] = {"__file__": str(tmp_path / "folder" / "model.py")}
-    exec((tmp_path / "folder" / "model.py").read_text(encoding="utf-8"), written)
-    loaded = written["load"](Options())
-    assert torch.equal(loaded(x, bias=2.0), model(x, bias=2.0))
-    with pytest.raises(TypeError, match="unexpected keyword argument 'scale'"):
-        loaded(x, scale=2.0)
+    with pytest.raises(gs.ExportError, match="runs as it is, so there is no graph to write as code"):
+        gs.export(spliced, tmp_path / "folder", example_inputs=(x,))
 
 
 # -------------------------------------------------------------------------------- what others do with it
@@ -559,9 +539,9 @@ def test_where_torch_is_told_to_replace_parameters_the_original_keeps_all_it_has
 
 
 class Steered(Net):
-    def forward(self, x: torch.Tensor, twice: bool = False) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.a(x) * 2 if self.training else self.a(x)
-        return self.c(x * 2 if twice else x)
+        return self.c(x)
 
 
 def test_dead_code_can_be_taken_out_of_the_graph_of_each_mode(x: torch.Tensor):
@@ -576,8 +556,6 @@ def test_dead_code_can_be_taken_out_of_the_graph_of_each_mode(x: torch.Tensor):
             network.graph.lint()
             network.recompile()
             assert is_flipped(network, model.train(mode), x, "a.weight")
-            with pytest.raises(gs.TracingError, match="the argument 'twice'"):
-                network(x, True)
 
 
 def test_a_graph_does_not_keep_its_network_alive():
@@ -611,5 +589,4 @@ def test_a_name_that_no_code_can_spell_sends_surgery_into_the_modules():
     model, x = Quoted(), torch.randn(3, 4)
     for point in ("by.b", "by.b.0", 'by.5" gauge'):
         assert gs.verify_flip(gs.insert_grl(model, after=point), model, x).ok
-    with pytest.raises(gs.TracingError, match="cannot stand in the code"):
-        gs.insert_grl(model, edge=('by.5" gauge', "by.b"))
+    assert gs.verify_flip(gs.insert_grl(model, edge=('by.5" gauge', "by.b")), model, x).ok
