@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import keyword
+import math
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,21 +13,24 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from grl_surgery.classifier_checks import prepare_classifier
 from grl_surgery.errors import SurgeryError, TracingError
+from grl_surgery.feature_layout import read_axes
 from grl_surgery.generators import random_state_kept
 from grl_surgery.heads import Condition, DomainHead, Norm, build_head
 from grl_surgery.loaded_program import check_no_program
 from grl_surgery.loading.inputs import example_inputs as known_inputs
-from grl_surgery.model_graph import arguments_kept, check_runs, shapes_at
+from grl_surgery.model_graph import check_runs, shapes_at
 from grl_surgery.pooling import Pool
 from grl_surgery.scoped import shapes_by_running
-from grl_surgery.selection import Selector, select_points
-from grl_surgery.spliced_module import Cut, free_name
-from grl_surgery.splicing import check_model, device_of, on_same_device, patient, splice
+from grl_surgery.selection import Selector, name_modules, select_points
+from grl_surgery.spliced_module import Cut, disassemble, free_name
+from grl_surgery.splicing import check_model, device_of, on_same_device, splice
 
 __all__ = ["attach_domain_head"]
 
 
+@torch.inference_mode(False)
 def attach_domain_head(
     model: nn.Module,
     after: Selector,
@@ -34,8 +38,11 @@ def attach_domain_head(
     num_domains: int = 2,
     name: str = "domain",
     coeff: float = 1.0,
+    signed: bool = False,
     classifier: nn.Module | Literal["global", "patch"] = "global",
-    pool: Pool = "auto",
+    pool: Pool | nn.Module = "auto",
+    mask: str | None = None,
+    padding: str | None = None,
     condition_on: str | None = None,
     condition: nn.Module | Condition = "auto",
     hidden: int | None = None,
@@ -65,18 +72,29 @@ def attach_domain_head(
         num_domains: Number of domains, and of logits.
         name: Attribute of the head in the result; its parameters are ``name.classifier...``.
         coeff: Initial coefficient of the head's reversal, ``reversals(m)[f"{name}.reversal"]``.
+        signed: Whether the coefficient may be negative, now or later.
         classifier: ``"global"``: one decision for each sample; ``"patch"``: one for each position; or a
             module of your own that returns logits.
-        pool: How the feature becomes (B, C); by default found from its shape.
-        condition_on: Point of the class logits (B, classes) for a conditional head (CDAN, Long et al. 2018).
-        condition: How they are combined: ``"multilinear"``, ``"randomized"``, or a module of your own.
+        pool: How the feature becomes (B, C): by default the mean over positions, which axis is which being
+            read off the network. ``"max"``, ``"statistics"`` (mean and deviation), ``"attention"``,
+            ``"class_token"`` and ``"last"`` reduce otherwise; a layout such as ``"lnc"`` says what the axes
+            are; a module of your own pools as it likes; ``"none"`` hands over the feature as it is.
+        mask: Point, or argument of forward, that says which positions of a sequence count: (B, L), nonzero
+            where one does, or lengths (B,). The pool leaves out the others.
+        padding: The same with the opposite meaning, as torch's ``key_padding_mask``: nonzero where a position
+            does not count.
+        condition_on: Point of the class logits (B, classes) for a conditional head (CDAN, Long et al. 2018),
+            or of another value (B, ...) with ``condition="concatenate"``.
+        condition: How they are combined: ``"multilinear"``, ``"randomized"``, ``"concatenate"``, or a module
+            of your own.
         hidden: Width of the hidden layers; 1,024 by default, 512 for a patch head.
         depth: Number of hidden layers.
         norm: Their norm.
         dropout: Their dropout.
         binary: One logit for two domains.
-        example_inputs: Arguments of forward; by default those that timm or torchvision declare. Nothing is
-            computed with them: the head is sized from the shape that they have at the point.
+        example_inputs: Arguments of forward; by default those that timm or torchvision declare. The head is
+            sized from the shape that they have at the point, and runs with more samples or of another size
+            tell which axis is which; where possible they run on tensors without data.
 
     Returns:
         A GraphModule that returns ``(output, logits)``, with n heads ``(output, logits_1, ..., logits_n)``,
@@ -84,22 +102,25 @@ def attach_domain_head(
 
     Raises:
         SurgeryError: The name is taken, there is more than one point, or settings do not go together.
-        ShapeError: The value at the point is not a tensor that a head can read.
+        ShapeError: The value at the point is not a tensor that a head can read, or its rows are not the
+            samples of the batch.
         PointNotFoundError, AmbiguousPointError, TracingError: As for :func:`insert_grl`.
     """
     check_model(model, "attach_domain_head")
     check_no_program(model, "attach_domain_head")
-    base, cuts, modules = patient(model)
+    after = name_modules(model, after)
+    base, cuts, modules = disassemble(model)
     _check_name(base, modules, name)
     inputs = known_inputs(base) if example_inputs is None else example_inputs
-    points = _points(base, after, condition_on, inputs)
+    second = _second_value(condition_on, mask, padding)
+    points = _points(base, after, second, inputs)
     if inputs is None:
         raise SurgeryError(
             f"nothing says what inputs {type(base).__name__} takes, so the head cannot be sized",
             example="attach_domain_head(model, 'layer3', example_inputs=(torch.randn(2, 3, 224, 224),))",
         )
-    given = arguments_kept(model, example_inputs)
-    shape, *class_logits = _shapes(base, cuts, modules, points, inputs, given)
+    shape, *others = _shapes(base, cuts, modules, points, inputs)
+    axes = read_axes(base, points[0], inputs, shape)
     with _draws_of_its_own(name):
         head = build_head(
             shape,
@@ -107,8 +128,10 @@ def attach_domain_head(
             classifier=classifier,
             pool=pool,
             num_features=getattr(base, "num_features", None),
-            num_prefix_tokens=_prefix_tokens(base, shape) if pool in ("auto", "nlc") else 0,
-            num_classes=_num_classes(condition_on, class_logits),
+            num_prefix_tokens=_prefix_tokens(base, shape) if pool in ("auto", "mean", "nlc") else 0,
+            num_classes=_num_classes(condition_on, condition, others),
+            axes=axes,
+            masked="valid" if mask is not None else "padding" if padding is not None else None,
             condition=condition,
             hidden=hidden,
             depth=depth,
@@ -116,19 +139,22 @@ def attach_domain_head(
             dropout=dropout,
             binary=binary,
             coeff=coeff,
+            signed=signed,
         )
+        if isinstance(classifier, nn.Module):
+            prepare_classifier(head, [shape, *others], points[0])
     _say_what_was_assumed(head, points[0])
     parameter = next(base.parameters(), None)
     if parameter is not None and parameter.is_floating_point():
         head.to(parameter.dtype)
     with device_of(head):
-        check_runs(head, [shape, *class_logits])
+        check_runs(head, [shape, *others])
     modules[name] = on_same_device(head, base)
     return splice(
         base,
         [*cuts, Cut("head", points[0], name, points[1] if points[1:] else None)],
         modules,
-        given,
+        lambda: inputs,
     )
 
 
@@ -138,17 +164,28 @@ def _shapes(
     modules: Mapping[str, nn.Module],
     points: Sequence[str],
     inputs: Any,
-    given: Mapping[str, type],
 ) -> list[tuple[int, ...]]:
     try:
-        return shapes_at(base, cuts, modules, points, inputs, given)
+        return shapes_at(base, cuts, modules, points, inputs)
     except TracingError as error:
         return shapes_by_running(base, points, inputs, error)
 
 
-def _points(base: nn.Module, after: Selector, condition_on: str | None, inputs: Any) -> list[str]:
+def _second_value(condition_on: str | None, mask: str | None, padding: str | None) -> tuple[str, str] | None:
+    """The argument that names a second value for the head to read, and its name."""
+    given = {"condition_on": condition_on, "mask": mask, "padding": padding}
+    named = [(argument, name) for argument, name in given.items() if name is not None]
+    if len(named) > 1:
+        raise SurgeryError(
+            f"a head reads one value beside the feature, and {named[0][0]}= and {named[1][0]}= are two",
+            example=f"{named[0][0]}={named[0][1]!r}",
+        )
+    return named[0] if named else None
+
+
+def _points(base: nn.Module, after: Selector, second: tuple[str, str] | None, inputs: Any) -> list[str]:
     points = [_point(base, after, "after", inputs)]
-    return points if condition_on is None else [*points, _point(base, condition_on, "condition_on", inputs)]
+    return points if second is None else [*points, _point(base, second[1], second[0], inputs)]
 
 
 def _point(base: nn.Module, selector: Selector, argument: str, inputs: Any) -> str:
@@ -193,10 +230,14 @@ def _prefix_tokens(base: nn.Module, shape: tuple[int, ...]) -> int:
     return count if len(shape) == 3 and patches is not None and shape[1] == patches + count else 0
 
 
-def _num_classes(condition_on: str | None, shapes: list[tuple[int, ...]]) -> int | None:
+def _num_classes(
+    condition_on: str | None, condition: nn.Module | Condition, shapes: list[tuple[int, ...]]
+) -> int | None:
     if condition_on is None:
         return None
     (shape,) = shapes
+    if condition == "concatenate":
+        return math.prod(shape[1:])
     if len(shape) != 2:
         raise SurgeryError(
             f"condition_on={condition_on!r} has the shape {shape}, not (B, classes)",
@@ -207,4 +248,8 @@ def _num_classes(condition_on: str | None, shapes: list[tuple[int, ...]]) -> int
 
 def _say_what_was_assumed(head: DomainHead, point: str) -> None:
     if head.layout is not None and head.layout.assumption:
-        warnings.warn(f"at {point!r}, {head.layout.assumption}; pool= chooses another layout", stacklevel=3)
+        warnings.warn(
+            f"at {point!r}, {head.layout.assumption}; pool= chooses another layout, and "
+            f"pool={head.layout.name!r} says that this one is right",
+            stacklevel=4,
+        )

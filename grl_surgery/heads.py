@@ -11,17 +11,27 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
 from numbers import Real
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor, fx, nn
 
 from grl_surgery.arguments import check_count, check_network
 from grl_surgery.errors import ShapeError, SurgeryError
-from grl_surgery.pooling import FeaturePool, Layout, Pool, check_tensor, choose_layout
+from grl_surgery.feature_layout import AxisRoles
+from grl_surgery.pooling import (
+    FeaturePool,
+    Layout,
+    Masked,
+    Pool,
+    Reduction,
+    check_tensor,
+    choose_layout,
+)
 from grl_surgery.reversal import GradientReversal
 
 __all__ = [
+    "ConcatenationMap",
     "DomainClassifier",
     "DomainHead",
     "MultilinearMap",
@@ -32,7 +42,7 @@ __all__ = [
 ]
 
 Norm: TypeAlias = Literal["batch", "layer"] | None
-Condition: TypeAlias = Literal["auto", "multilinear", "randomized"]
+Condition: TypeAlias = Literal["auto", "multilinear", "randomized", "concatenate"]
 
 _LARGEST_OUTER_PRODUCT = 4096
 """Up to this many products C K the paper of CDAN takes the multilinear map, beyond it the randomised one."""
@@ -82,7 +92,7 @@ def num_logits(num_domains: int, binary: bool = False) -> int:
 
 
 class _ChannelNorm(nn.LayerNorm):
-    """Layer norm over the channels of (B, C, H, W), at each position on its own."""
+    """Layer norm over the channels of (B, C, ...), at each position on its own."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
@@ -156,7 +166,7 @@ class DomainClassifier(nn.Module):
 
 
 class PatchDomainClassifier(nn.Module):
-    """Logits of the domain at each position of a dense feature: 1 x 1 convolutions, one map of logits.
+    """Logits of the domain at each position of a dense feature: convolutions of size 1, one map of logits.
 
     A position's logits depend on that position alone (unless ``norm="batch"``), as in the patch-level
     discriminators used for detection and segmentation.
@@ -164,6 +174,8 @@ class PatchDomainClassifier(nn.Module):
     Example:
         >>> PatchDomainClassifier(256)(torch.randn(8, 256, 14, 14)).shape
         torch.Size([8, 2, 14, 14])
+        >>> PatchDomainClassifier(80, dims=1)(torch.randn(8, 80, 120)).shape  # at each frame
+        torch.Size([8, 2, 120])
 
     Args:
         in_channels: Number C of channels.
@@ -173,6 +185,7 @@ class PatchDomainClassifier(nn.Module):
         norm: ``"batch"``, ``"layer"`` (over the channels of a position) or None.
         dropout: Probability of dropping a hidden unit.
         binary: One logit for two domains instead of two; the loss is then a binary one.
+        dims: Number of axes that are positions: 1 for a sequence, 2 for an image, 3 for a volume or a video.
 
     Raises:
         SurgeryError: A setting is impossible; ``num_domains=1`` without ``binary`` is.
@@ -188,38 +201,53 @@ class PatchDomainClassifier(nn.Module):
         dropout: float = 0.5,
         *,
         binary: bool = False,
+        dims: int = 2,
     ) -> None:
         super().__init__()
         in_channels, hidden, depth = _check_sizes(in_channels, hidden, depth)
+        if dims not in _CONVOLUTIONS:
+            raise SurgeryError(
+                f"dims is {dims!r}, but a feature has 1, 2 or 3 axes of positions",
+                example="PatchDomainClassifier(256, dims=3)",
+            )
         _check_norm(norm)
         _check_dropout(dropout)
         self.in_channels = in_channels
+        self.dims = dims
         widths = [in_channels, *[hidden] * depth]
-        norms = {"batch": nn.BatchNorm2d, "layer": _ChannelNorm}
+        conv, batch_norm = _CONVOLUTIONS[dims]
+        norms = {"batch": batch_norm, "layer": _ChannelNorm}
         self.hidden = nn.Sequential(
             *(
-                _layer("conv", nn.Conv2d(*pair, 1), norms[norm](hidden) if norm else None, dropout)
+                _layer("conv", conv(*pair, 1), norms[norm](hidden) if norm else None, dropout)
                 for pair in pairwise(widths)
             )
         )
-        self.logits = nn.Conv2d(widths[-1], num_logits(num_domains, binary), 1)
+        self.logits = conv(widths[-1], num_logits(num_domains, binary), 1)
 
     def forward(self, features: Tensor) -> Tensor:
         """Classify each position.
 
         Args:
-            features: (B, C, H, W), floating point.
+            features: (B, C, H, W), (B, C, L) or (B, C, D, H, W), as ``dims`` says, floating point.
 
         Returns:
-            Logits (B, K, H, W), or (B, 1, H, W) if binary, in the same dtype.
+            Logits (B, K, ...) with the positions of the feature, (B, 1, ...) if binary, in the same dtype.
 
         Raises:
             ShapeError: Not a tensor of that shape.
         """
         example = "FeaturePool('nhwc', reduction='none')(features) moves the channels of (B, H, W, C)"
-        _check_features(features, self.in_channels, 4, "PatchDomainClassifier", example)
+        _check_features(features, self.in_channels, self.dims + 2, "PatchDomainClassifier", example)
         output: Tensor = self.logits(self.hidden(features))
         return output
+
+
+_CONVOLUTIONS: dict[int, tuple[Any, Any]] = {
+    1: (nn.Conv1d, nn.BatchNorm1d),
+    2: (nn.Conv2d, nn.BatchNorm2d),
+    3: (nn.Conv3d, nn.BatchNorm3d),
+}
 
 
 def _check_sizes(width: int, hidden: int, depth: int) -> tuple[int, int, int]:
@@ -242,7 +270,7 @@ def _check_features(features: object, width: int, rank: int, owner: str, example
         return
     shape = tuple(features.shape)  # type: ignore[attr-defined]
     if len(shape) != rank or shape[1] != width:
-        expected = ", ".join(["B", str(width), "H", "W"][:rank])
+        expected = ", ".join(["B", str(width), *{3: "L", 5: "DHW"}.get(rank, "HW")][:rank])
         raise ShapeError(f"{owner} expects features of shape ({expected}), got {shape}", example=example)
 
 
@@ -332,6 +360,41 @@ class RandomizedMultilinearMap(nn.Module):
         return mapped / math.sqrt(self.output_dim)
 
 
+class ConcatenationMap(nn.Module):
+    """Features conditioned on any value by writing it beside them: (f, v), v detached.
+
+    The conditioning of conditional adversarial networks (Mirza & Osindero 2014), for values that are no class
+    logits: a regression output, an embedding, an attribute.
+
+    Example:
+        >>> ConcatenationMap()(torch.randn(8, 256), torch.randn(8, 3)).shape
+        torch.Size([8, 259])
+    """
+
+    def forward(self, features: Tensor, value: Tensor) -> Tensor:
+        """Combine.
+
+        Args:
+            features: (B, C), floating point.
+            value: (B,) or (B, ...), whose axes after the batch are flattened.
+
+        Returns:
+            (B, C + V) in the dtype of the features.
+
+        Raises:
+            ShapeError: Not tensors of one batch.
+        """
+        if check_tensor(features, "ConcatenationMap") and check_tensor(value, "ConcatenationMap"):
+            shapes = tuple(features.shape), tuple(value.shape)
+            if len(shapes[0]) != 2 or not shapes[1] or shapes[0][0] != shapes[1][0]:
+                raise ShapeError(
+                    f"ConcatenationMap expects features (B, C) and a value (B, ...) of one batch, got "
+                    f"{shapes[0]} and {shapes[1]}",
+                    example="ConcatenationMap()(torch.randn(8, 256), torch.randn(8, 3))",
+                )
+        return torch.cat([features, value.detach().to(features.dtype).reshape(len(value), -1)], dim=1)
+
+
 def _class_probabilities(features: Tensor, class_logits: Tensor, owner: str) -> Tensor:
     if check_tensor(features, owner) and check_tensor(class_logits, owner):
         shapes = tuple(features.shape), tuple(class_logits.shape)
@@ -365,6 +428,7 @@ class DomainHead(nn.Module):
         num_domains: If given, the logits are checked against it.
         binary: One logit for two domains; see :func:`num_logits`.
         coeff: Initial coefficient of the reversal.
+        signed: Whether it may be negative, now or later.
         layout: How the feature was read, for the record.
 
     Raises:
@@ -380,6 +444,7 @@ class DomainHead(nn.Module):
         num_domains: int | None = None,
         binary: bool = False,
         coeff: float = 1.0,
+        signed: bool = False,
         layout: Layout | None = None,
     ) -> None:
         super().__init__()
@@ -391,32 +456,55 @@ class DomainHead(nn.Module):
                 )
         self.num_logits = None if num_domains is None else num_logits(num_domains, binary)
         self.layout = layout
-        self.reversal = GradientReversal(coeff)
+        self.reversal = GradientReversal(coeff, signed=signed)
         self.pool = pool
         self.condition = condition
         self.classifier = classifier
+
+    def __prepare_scriptable__(self) -> DomainHead:
+        """Where torch.jit.script asks first: it cannot read the settings."""
+        raise SurgeryError(
+            "torch.jit.script cannot read a domain head; trace it instead, which keeps the reversal",
+            example="torch.jit.trace(head, features)",
+        )
 
     def forward(self, features: Tensor, class_logits: Tensor | None = None) -> Tensor:
         """Classify the domain.
 
         Args:
-            features: The feature at the point, floating point.
-            class_logits: (B, classes), for a conditional head and only for one.
+            features: The feature at the point, floating point. It may be a nested tensor, whose padding then
+                counts for nothing, and of another precision than the head, in which it is then computed.
+            class_logits: (B, classes), or another value to be conditioned on, for a conditional head; for a
+                head with a masked pool, the mask or the lengths that the pool reads.
 
         Returns:
             Logits (B, K), or what the classifier makes of the feature.
 
         Raises:
-            SurgeryError: Class logits are missing, or not wanted.
+            SurgeryError: Class logits or a mask are missing, or not wanted.
             ShapeError: The feature does not fit, or the classifier's output does not.
         """
-        check_tensor(features, "DomainHead")
-        hidden = self.reversal(features)
-        if self.pool is not None:
-            hidden = self.pool(hidden if isinstance(self.pool, FeaturePool) else hidden.clone())
+        counts = None
+        if check_tensor(features, "DomainHead") and features.is_nested:
+            features, counts = _unnested(features)
+        hidden = self._cast(self.reversal(features))
+        if isinstance(self.pool, FeaturePool) and self.pool.masked:
+            hidden, class_logits = self.pool(hidden, class_logits), None
+        elif isinstance(self.pool, FeaturePool):
+            padded = counts is not None and self.pool.takes_counts
+            hidden = self.pool.pooled(hidden, counts) if padded else self.pool(hidden)
+        elif self.pool is not None:
+            hidden = self.pool(hidden.clone())
         logits: Tensor = self.classifier(self._conditioned(hidden, class_logits))
         self._check_logits(logits, features)
         return logits
+
+    def _cast(self, hidden: Tensor) -> Tensor:
+        """The feature in the precision of the head's parameters, unless autocast sees to that."""
+        if not check_tensor(hidden, "DomainHead") or torch.is_autocast_enabled(hidden.device.type):
+            return hidden
+        own = next((p.dtype for p in self.parameters() if p.is_floating_point()), hidden.dtype)
+        return hidden if hidden.dtype == own else hidden.to(own)
 
     def _conditioned(self, hidden: Tensor, class_logits: Tensor | None) -> Tensor:
         if self.condition is None and class_logits is None:
@@ -444,7 +532,7 @@ class DomainHead(nn.Module):
                 f"{type(self.classifier).__name__} returned {type(logits).__name__}, not a tensor of logits",
                 example=f"a classifier whose forward returns (B, {self.num_logits})",
             )
-        shape, batch = tuple(logits.shape), features.shape[0]
+        shape, batch = tuple(logits.shape), features.shape[self._batch_axis()]
         columns = 1 if len(shape) == 1 and self.num_logits == 1 else shape[1] if len(shape) > 1 else 0
         if columns != self.num_logits or shape[0] != batch:
             raise ShapeError(
@@ -453,9 +541,22 @@ class DomainHead(nn.Module):
                 example=f"a last layer nn.Linear(1024, {self.num_logits}), without a softmax",
             )
 
+    def _batch_axis(self) -> int:
+        """The axis of the feature that is the batch."""
+        known = self.layout.name if self.layout else getattr(self.pool, "layout", "n")
+        return str(known).index("n")
+
     def extra_repr(self) -> str:
         """How the feature was read."""
         return f"reads {self.layout}" if self.layout else ""
+
+
+def _unnested(features: Tensor) -> tuple[Tensor, Tensor]:
+    """A nested tensor as a padded one, and (B, L), 1 where a position is no padding."""
+    lengths = torch.tensor([len(part) for part in features.unbind()], device=features.device)
+    padded = torch.nested.to_padded_tensor(features, 0.0)
+    places = torch.arange(padded.shape[1], device=padded.device)
+    return padded, (places < lengths[:, None]).to(padded.dtype)
 
 
 def build_head(
@@ -463,10 +564,12 @@ def build_head(
     num_domains: int = 2,
     *,
     classifier: nn.Module | Literal["global", "patch"] = "global",
-    pool: Pool = "auto",
+    pool: Pool | nn.Module = "auto",
     num_features: int | None = None,
     num_prefix_tokens: int = 0,
     num_classes: int | None = None,
+    axes: AxisRoles | None = None,
+    masked: Masked = None,
     condition: nn.Module | Condition = "auto",
     hidden: int | None = None,
     depth: int = 2,
@@ -474,6 +577,7 @@ def build_head(
     dropout: float = 0.5,
     binary: bool = False,
     coeff: float = 1.0,
+    signed: bool = False,
 ) -> DomainHead:
     """Build the head that fits a feature of the given shape.
 
@@ -490,17 +594,23 @@ def build_head(
         classifier: ``"global"`` for a :class:`DomainClassifier`, ``"patch"`` for a
             :class:`PatchDomainClassifier`, or a module of your own, which gets the pooled feature.
         pool: How to pool, see :data:`grl_surgery.pooling.Pool`; ``"none"`` hands over the feature as it is.
+            Or a module of your own, such as ``FeaturePool("lnc", reduction="max")``.
         num_features: Width of the network's last feature, where known; settles some ambiguous layouts.
         num_prefix_tokens: Leading tokens that are left out of the mean over tokens.
-        num_classes: For a conditional head: number of classes of the logits that it will be given.
-        condition: ``"multilinear"``, ``"randomized"``, a module of your own, or ``"auto"``: multilinear up to
-            4,096 products, randomised beyond, as in the paper. Without ``num_classes`` there is no condition.
+        num_classes: For a conditional head: number of classes of the logits that it will be given, or size of
+            the value for each sample.
+        axes: What the network says of the axes of the feature; without it the shape decides.
+        masked: What kind of mask the pool will be given, see :class:`~grl_surgery.pooling.FeaturePool`.
+        condition: ``"multilinear"``, ``"randomized"``, ``"concatenate"`` for a value that is no class logits,
+            a module of your own, or ``"auto"``: multilinear up to 4,096 products, randomised beyond, as in
+            the paper. Without ``num_classes`` there is no condition.
         hidden: Width of the hidden layers; default 1,024, for a patch head 512.
         depth: Number of hidden layers.
         norm: Norm of the hidden layers.
         dropout: Dropout of the hidden layers.
         binary: One logit for two domains.
         coeff: Initial coefficient of the reversal.
+        signed: Whether it may be negative, now or later.
 
     Returns:
         The head, on the CPU, in float32.
@@ -512,27 +622,32 @@ def build_head(
     if not shape:
         raise ShapeError("a head reads a feature for each sample, and this value is one number")
     own = isinstance(classifier, nn.Module)
-    layout = None if own and pool == "none" and len(shape) != 2 else choose_layout(shape, pool, num_features)
-    mapping = _build_condition(condition, layout, num_classes, classifier)
+    foreign = pool if isinstance(pool, nn.Module) else None
+    name: Pool = "auto" if isinstance(pool, nn.Module) else pool
+    layout = _layout(shape, foreign, name, own, num_features, axes)
+    pooling = foreign or _build_pool(layout, name, classifier, num_prefix_tokens, masked)
+    vectors = layout if pooling is not None or len(shape) == 2 else None
+    mapping = _build_condition(condition, vectors, _pooled_width(layout, pooling), num_classes, classifier)
     body = classifier
     if not isinstance(body, nn.Module):
         make, default = _CLASSIFIERS[_check_classifier(body)]
-        width = _conditioned_width(mapping, layout, num_classes)
-        body = make(
-            width, num_domains, default if hidden is None else hidden, depth, norm, dropout, binary=binary
-        )
+        width = _conditioned_width(mapping, _pooled_width(layout, pooling), num_classes)
+        dims = {"dims": len(layout.name) - 2} if layout and body == "patch" else {}
+        size = default if hidden is None else hidden
+        body = make(width, num_domains, size, depth, norm, dropout, binary=binary, **dims)
     return DomainHead(
         body,
-        pool=_build_pool(layout, pool, classifier, num_prefix_tokens),
+        pool=pooling,
         condition=mapping,
         num_domains=num_domains,
         binary=binary,
         coeff=coeff,
+        signed=signed,
         layout=layout,
     )
 
 
-_CLASSIFIERS: dict[str, tuple[type[DomainClassifier] | type[PatchDomainClassifier], int]] = {
+_CLASSIFIERS: dict[str, tuple[Any, int]] = {
     "global": (DomainClassifier, 1024),
     "patch": (PatchDomainClassifier, 512),
 }
@@ -548,33 +663,73 @@ def _check_classifier(kind: str) -> str:
     return kind
 
 
+def _layout(
+    shape: Sequence[int],
+    foreign: nn.Module | None,
+    pool: Pool,
+    own: bool,
+    num_features: int | None,
+    axes: AxisRoles | None,
+) -> Layout | None:
+    if isinstance(foreign, FeaturePool):
+        return choose_layout(shape, foreign.layout, num_features, axes)
+    if foreign is not None and not own:
+        raise SurgeryError(
+            f"the width of what {type(foreign).__name__} returns is not known, so a pool of your own needs a "
+            "classifier of your own",
+            example="pool=MyPool(), classifier=DomainClassifier(512)",
+        )
+    if own and (foreign is not None or pool == "none") and len(shape) != 2:
+        known = axes is not None and "n" in axes.letters and "c" in axes.letters and len(shape) < 6
+        return choose_layout(shape, "auto", num_features, axes) if known else None
+    return choose_layout(shape, pool, num_features, axes)
+
+
+def _pooled_width(layout: Layout | None, pool: nn.Module | None) -> int:
+    channels = layout.channels if layout else 0
+    return pool.width(channels) if isinstance(pool, FeaturePool) else channels
+
+
 def _build_pool(
-    layout: Layout | None, pool: Pool, classifier: nn.Module | str, num_prefix_tokens: int
+    layout: Layout | None,
+    pool: Pool,
+    classifier: nn.Module | str,
+    num_prefix_tokens: int,
+    masked: Masked,
 ) -> FeaturePool | None:
     if layout is None:
         return None
     axes = f"({', '.join(layout.name.upper())})"
     if classifier == "patch":
-        if len(layout.name) != 4:
+        if len(layout.name) < 3 or masked:
             raise ShapeError(
-                f"a patch head needs an image of features (B, C, H, W) or (B, H, W, C), got {axes}",
+                "a patch head decides at every position, so it needs a feature with positions and no mask, "
+                f"got {axes}{' and a mask' if masked else ''}",
                 example="classifier='global'",
             )
-        return FeaturePool(layout.name, reduction="none", num_prefix_tokens=num_prefix_tokens)
+        return FeaturePool(layout.name, reduction="none")
     if pool == "none" and layout.name != "nc" and not isinstance(classifier, nn.Module):
         raise ShapeError(
             f"pool='none' would hand {axes} to a classifier of (B, C)",
             choices=["auto", layout.name],
             example="pool='auto', or a classifier of your own",
         )
-    reduction: Literal["mean", "class_token"] = "class_token" if pool == "class_token" else "mean"
-    pooling = FeaturePool(layout.name, reduction=reduction, num_prefix_tokens=num_prefix_tokens)
-    return None if pool == "none" else pooling
+    if pool == "none":
+        return None
+    reduction = cast(Reduction, pool if pool in get_args(Reduction) else "mean")
+    return FeaturePool(
+        layout.name,
+        reduction=reduction,
+        num_prefix_tokens=num_prefix_tokens if reduction == "mean" else 0,
+        channels=layout.channels if reduction == "attention" else None,
+        masked=masked,
+    )
 
 
 def _build_condition(
     condition: nn.Module | Condition,
     layout: Layout | None,
+    width: int,
     num_classes: int | None,
     classifier: nn.Module | str,
 ) -> nn.Module | None:
@@ -605,17 +760,20 @@ def _build_condition(
             "a condition needs one vector (B, C) per sample, which neither a patch head nor pool='none' has",
             example="classifier='global', pool='auto'",
         )
-    small = layout.channels * num_classes <= _LARGEST_OUTER_PRODUCT
+    if condition == "concatenate":
+        return ConcatenationMap()
+    small = width * num_classes <= _LARGEST_OUTER_PRODUCT
     if condition == "multilinear" or (condition == "auto" and small):
         return MultilinearMap()
-    return RandomizedMultilinearMap(layout.channels, num_classes)
+    return RandomizedMultilinearMap(width, num_classes)
 
 
-def _conditioned_width(condition: nn.Module | None, layout: Layout | None, num_classes: int | None) -> int:
-    """Size of the vectors that reach the classifier; the layout is known wherever it is one of ours."""
-    channels = layout.channels if layout else 0
+def _conditioned_width(condition: nn.Module | None, channels: int, num_classes: int | None) -> int:
+    """Size of the vectors that reach the classifier; that of the pooled ones is known for one of ours."""
     if isinstance(condition, MultilinearMap):
         return channels * (num_classes or 0)
+    if isinstance(condition, ConcatenationMap):
+        return channels + (num_classes or 0)
     return condition.output_dim if isinstance(condition, RandomizedMultilinearMap) else channels
 
 

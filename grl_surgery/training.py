@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from grl_surgery.arguments import check_names, check_network, check_number
+from grl_surgery.arguments import check_count, check_names, check_network, check_number
 from grl_surgery.errors import PointNotFoundError, ShapeError, SurgeryError
 from grl_surgery.heads import find_heads
 from grl_surgery.points import near_names
 from grl_surgery.pooling import check_tensor
 from grl_surgery.schedules import check_progress
 
-__all__ = ["dann_lr", "domain_loss", "entropy_weights", "param_groups"]
+__all__ = [
+    "batch_norm_frozen",
+    "dann_lr",
+    "domain_loss",
+    "entropy_weights",
+    "param_groups",
+    "set_train_mode",
+]
 
 
 # -------------------------------------------------------------------------------------------- domain loss
@@ -32,20 +41,25 @@ def domain_loss(
     binary: bool | None = None,
     balance: bool = False,
     validate: bool = True,
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    class_weights: Tensor | None = None,
 ) -> Tensor:
-    """Cross-entropy between domain logits and the domains that the samples are from.
+    """Cross-entropy between domain logits and the domains that the samples, or their places, are from.
 
     Example:
         >>> logits = torch.zeros(6, 2, requires_grad=True)
         >>> domain_loss(logits, torch.tensor([0, 0, 0, 0, 1, 1])).item() == torch.tensor(2.0).log().item()
         True
         >>> loss = domain_loss(logits[:4], 0) + domain_loss(logits[4:], 1)  # one domain in each batch
+        >>> frames = domain_loss(torch.zeros(2, 3, 50), torch.zeros(2, 50, dtype=torch.long))  # at each frame
 
     Args:
         logits: (B, K) for a softmax over K domains, (B,) or (B, 1) for one logit of domain 1 against domain
-            0, or a map (B, K, ...) or (B, 1, ...), whose positions count alike. Half precision is computed in
+            0, or a map (B, K, ...) or (B, 1, ...), whose places count alike. Half precision is computed in
             float32.
-        domains: (B,), integers in 0 ... K - 1, or one integer for the whole batch.
+        domains: Integers in 0 ... K - 1: (B,), one for each place (B, ...), or one integer for the whole
+            batch. Or probabilities in floating point, in the shape of the logits (soft labels, mixup).
         weights: (B,), finite and not negative: the loss is the weighted mean, so that their scale does not
             matter.
         binary: Say which of both is meant, and have it checked; default: by the shape of the logits.
@@ -54,24 +68,106 @@ def domain_loss(
         validate: Check the values of labels and weights. That waits for the device where they are not on the
             CPU, once per call; labels on the CPU, or one integer, are checked without. Shapes are always
             checked.
+        ignore_index: Label of samples or places that do not count, such as padding. Where none counts the
+            loss is zero.
+        label_smoothing: Share in [0, 1) of each label that is spread over all domains (Szegedy et al. 2016).
+        class_weights: (K,), how much each domain counts, as ``weight`` of torch's ``cross_entropy``.
 
     Returns:
-        The loss, 0-d, float32 for half-precision logits and otherwise in their dtype.
+        The loss, 0-d, float32 for half-precision logits and otherwise in their dtype. Without ``weights``
+        and ``balance`` it is what torch's ``cross_entropy`` makes of the same arguments.
 
     Raises:
         ShapeError: Logits, domains or weights do not fit each other.
         SurgeryError: A label that is no domain (the message names it), weights that are negative or
-            infinite, or a softmax over one logit.
+            infinite, settings that do not go together, or a softmax over one logit.
     """
     num_domains = count_domains(logits, binary)
-    labels = check_labels(domains, logits, num_domains, validate)
-    losses = loss_per_sample(logits, labels)
-    if weights is None and not balance:
+    smoothing = _check_smoothing(label_smoothing)
+    if isinstance(domains, Tensor) and domains.is_floating_point():
+        return _soft_loss(logits, domains, weights, balance, smoothing, class_weights, validate)
+    labels = check_labels(domains, logits, num_domains, validate, ignore_index=ignore_index, places=True)
+    counted = None if ignore_index is None else labels != ignore_index
+    if counted is not None:
+        labels = labels.where(counted, 0)
+    factors = _check_class_weights(class_weights, logits, num_domains)
+    losses = loss_per_place(logits, labels, smoothing, factors)
+    if weights is None and not balance and counted is None and factors is None:
+        return losses.mean(dim=1).mean()
+    scales = _check_weights(weights, losses.new_empty(len(losses)), validate)[:, None].expand_as(losses)
+    places = labels.reshape(len(labels), -1).expand_as(losses)
+    if counted is not None:
+        scales = scales * counted.reshape(len(labels), -1)
+    if balance:
+        return _mean_of_domains(losses, scales, places, num_domains)
+    total = (scales if factors is None else scales * factors[places]).sum()
+    return (scales * losses).sum() / total.where(total > 0, 1.0)
+
+
+def _check_smoothing(value: float) -> float:
+    check_number("label_smoothing", value, example="domain_loss(logits, domains, label_smoothing=0.1)")
+    if value >= 1.0:
+        raise SurgeryError(
+            f"label_smoothing is {value!r}, but must be in [0, 1): at 1 no label says anything",
+            example="domain_loss(logits, domains, label_smoothing=0.1)",
+        )
+    return float(value)
+
+
+def _check_class_weights(class_weights: Tensor | None, logits: Tensor, num_domains: int) -> Tensor | None:
+    if class_weights is None:
+        return None
+    example = f"domain_loss(logits, domains, class_weights=torch.ones({num_domains}))"
+    check_tensor(class_weights, "domain_loss, for its class_weights,", example=example)
+    if tuple(class_weights.shape) != (num_domains,):
+        raise ShapeError(
+            f"class_weights of shape {tuple(class_weights.shape)}: expected one for each domain, "
+            f"({num_domains},)",
+            example=example,
+        )
+    return class_weights.detach().to(logits.device, _full(logits).dtype)
+
+
+def _soft_loss(
+    logits: Tensor,
+    targets: Tensor,
+    weights: Tensor | None,
+    balance: bool,
+    smoothing: float,
+    class_weights: Tensor | None,
+    validate: bool,
+) -> Tensor:
+    """Cross-entropy with probabilities; those of one logit are of domain 1."""
+    single = logits.dim() == 1 or logits.shape[1] == 1
+    if targets.shape != logits.shape and not (single and targets.numel() == logits.numel()):
+        if targets.dim() < logits.dim():  # labels that are no integers
+            check_labels(targets, logits, 2 if single else logits.shape[1])
+        raise ShapeError(
+            f"domain labels are integers 0 to {1 if single else logits.shape[1] - 1}, got {targets.dtype}; "
+            f"probabilities have the shape of the logits, {tuple(logits.shape)}, not {tuple(targets.shape)}",
+            example="domain_loss(logits, domains.long())",
+        )
+    if balance:
+        raise SurgeryError(
+            "balance=True counts samples by their domain, which soft labels do not say",
+            example="domain_loss(logits, probabilities)",
+        )
+    if validate and not torch.compiler.is_compiling() and bool(((targets < 0) | (targets > 1)).any()):
+        raise SurgeryError(
+            f"soft labels are probabilities, got values from {targets.min().item()} to "
+            f"{targets.max().item()}",
+            example="domain_loss(logits, torch.softmax(teacher_logits, dim=1))",
+        )
+    maps, given = _pair_of_logits(_maps(_full(logits))), _maps(targets.to(logits.device).view_as(logits))
+    given = torch.cat([1 - given, given], 1) if given.shape[1] == 1 else given
+    factors = _check_class_weights(class_weights, logits, maps.shape[1])
+    losses = F.cross_entropy(
+        maps, given.to(maps.dtype), factors, reduction="none", label_smoothing=smoothing
+    ).mean(dim=1)
+    if weights is None:
         return losses.mean()
     scales = _check_weights(weights, losses, validate)
-    if not balance:
-        return (scales * losses).sum() / scales.sum()
-    return _mean_of_domains(losses, scales, labels, num_domains)
+    return (scales * losses).sum() / scales.sum()
 
 
 def count_domains(logits: Tensor, binary: bool | None = None) -> int:
@@ -103,12 +199,20 @@ def count_domains(logits: Tensor, binary: bool | None = None) -> int:
     return 2 if single else shape[1]
 
 
-def check_labels(domains: Tensor | int, logits: Tensor, num_domains: int, validate: bool = True) -> Tensor:
-    """The labels as an int64 tensor (B,) beside the logits.
+def check_labels(
+    domains: Tensor | int,
+    logits: Tensor,
+    num_domains: int,
+    validate: bool = True,
+    *,
+    ignore_index: int | None = None,
+    places: bool = False,
+) -> Tensor:
+    """The labels as an int64 tensor (B,) beside the logits; with ``places`` also one for each place (B, ...).
 
     Raises:
-        ShapeError: Not one label per sample.
-        SurgeryError: Not integers, or one of them is no domain.
+        ShapeError: Not one label per sample, nor one for each place where that is allowed.
+        SurgeryError: Not integers, or one of them is no domain and not ``ignore_index``.
     """
     batch = logits.shape[0]
     if not isinstance(domains, Tensor):
@@ -119,15 +223,17 @@ def check_labels(domains: Tensor | int, logits: Tensor, num_domains: int, valida
             f"domain labels are integers 0 to {num_domains - 1}, got {domains.dtype}",
             example="domain_loss(logits, domains.long())",
         )
-    if tuple(domains.shape) != (batch,):
+    shape, dense = tuple(domains.shape), (batch, *logits.shape[2:])
+    if shape != (batch,) and not (places and shape == dense):
+        each = f", or one for each place, {dense}" if places and len(dense) > 1 else ""
         raise ShapeError(
-            f"domain labels of shape {tuple(domains.shape)} for logits of shape {tuple(logits.shape)}: "
-            f"expected one label per sample, ({batch},)",
+            f"domain labels of shape {shape} for logits of shape {tuple(logits.shape)}: "
+            f"expected one label per sample, ({batch},){each}",
             example="domain_loss(logits, domains.flatten())",
         )
     # Inside a compiled graph there are no values to look at, and looking would break it in two.
     if validate and not torch.compiler.is_compiling():
-        _check_range(domains, num_domains)
+        _check_range(domains, num_domains, ignore_index)
     return domains.to(device=logits.device, dtype=torch.int64)
 
 
@@ -144,11 +250,14 @@ def _check_label(label: object, num_domains: int) -> int:
     return domain
 
 
-def _check_range(domains: Tensor, num_domains: int) -> None:
+def _check_range(domains: Tensor, num_domains: int, ignore_index: int | None = None) -> None:
     wrong = (domains < 0) | (domains >= num_domains)
+    if ignore_index is not None:
+        wrong = wrong & (domains != ignore_index)
     if wrong.any():
-        index = int(wrong.nonzero()[0, 0])
-        raise _no_domain(f"domains[{index}] is {int(domains[index])}", num_domains)
+        place = wrong.nonzero()[0].tolist()
+        label = int(domains[tuple(place)])
+        raise _no_domain(f"domains[{', '.join(map(str, place))}] is {label}", num_domains)
 
 
 def _no_domain(problem: str, num_domains: int) -> SurgeryError:
@@ -160,21 +269,36 @@ def _no_domain(problem: str, num_domains: int) -> SurgeryError:
 
 def loss_per_sample(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy (B,) of checked labels (B,), mean over the positions of a map."""
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
-    maps = (
-        logits.reshape(len(logits), 1, 1)
-        if logits.dim() == 1
-        else logits.flatten(2)
-        if logits.dim() > 2
-        else logits[..., None]
+    return loss_per_place(logits, labels).mean(dim=1)
+
+
+def loss_per_place(
+    logits: Tensor, labels: Tensor, smoothing: float = 0.0, class_weights: Tensor | None = None
+) -> Tensor:
+    """Cross-entropy (B, places) of checked labels (B,) or (B, ...)."""
+    maps = _maps(_full(logits))
+    targets = labels.reshape(len(labels), -1).expand(-1, maps.shape[2])
+    if maps.shape[1] == 1 and class_weights is None and not smoothing:
+        return F.binary_cross_entropy_with_logits(maps[:, 0], targets.to(maps.dtype), reduction="none")
+    return F.cross_entropy(
+        _pair_of_logits(maps), targets, class_weights, reduction="none", label_smoothing=smoothing
     )
-    targets = labels[:, None].expand(-1, maps.shape[2])
-    if maps.shape[1] == 1:
-        each = F.binary_cross_entropy_with_logits(maps[:, 0], targets.to(maps.dtype), reduction="none")
-    else:
-        each = F.cross_entropy(maps, targets, reduction="none")
-    return each.mean(dim=1)
+
+
+def _full(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+def _maps(logits: Tensor) -> Tensor:
+    """(B, K, places) of logits of any shape."""
+    if logits.dim() == 1:
+        return logits.reshape(len(logits), 1, 1)
+    return logits.flatten(2) if logits.dim() > 2 else logits[..., None]
+
+
+def _pair_of_logits(maps: Tensor) -> Tensor:
+    """Two logits instead of one that stands for domain 1: the softmax of (0, z) is the sigmoid of z."""
+    return torch.cat([torch.zeros_like(maps), maps], dim=1) if maps.shape[1] == 1 else maps
 
 
 def _check_weights(weights: Tensor | None, losses: Tensor, validate: bool) -> Tensor:
@@ -202,11 +326,12 @@ def _are_weights(weights: Tensor) -> bool:
 
 def _mean_of_domains(losses: Tensor, weights: Tensor, labels: Tensor, num_domains: int) -> Tensor:
     """Mean over the domains that have weight of their weighted means, without a wait for the device."""
-    belongs = _membership(labels, num_domains).to(losses.dtype) * weights
+    flat = labels.flatten()
+    belongs = _membership(flat, num_domains).to(losses.dtype) * weights.flatten()
     totals = belongs.sum(dim=1)
     present = totals > 0
-    means = (belongs * losses).sum(dim=1) / totals.where(present, 1.0)
-    return means.sum() / present.sum()
+    means = (belongs * losses.flatten()).sum(dim=1) / totals.where(present, 1.0)
+    return means.sum() / present.sum().clamp_min(1)
 
 
 def _membership(labels: Tensor, num_domains: int) -> Tensor:
@@ -363,24 +488,148 @@ def _check_names(prefixes: Sequence[str], names: Sequence[str]) -> None:
             )
 
 
-def dann_lr(p: float, lr0: float = 0.01, alpha: float = 10.0, beta: float = 0.75) -> float:
+@overload
+def dann_lr(
+    p: float, lr0: float = 0.01, alpha: float = 10.0, beta: float = 0.75, *, total_steps: None = None
+) -> float: ...
+
+
+@overload
+def dann_lr(
+    p: None = None, lr0: None = None, alpha: float = 10.0, beta: float = 0.75, *, total_steps: int
+) -> Callable[[int], float]: ...
+
+
+def dann_lr(
+    p: float | None = None,
+    lr0: float | None = None,
+    alpha: float = 10.0,
+    beta: float = 0.75,
+    *,
+    total_steps: int | None = None,
+) -> float | Callable[[int], float]:
     """The learning rate of DANN at progress p: lr0 / (1 + alpha p) ** beta.
 
     Ganin et al., "Domain-Adversarial Training of Neural Networks", 2016 (mu_p in the section on experiments).
+    With ``total_steps`` instead of ``p`` it is the function that ``torch.optim.lr_scheduler.LambdaLR`` wants:
+    from the number of steps made to the factor of each group's own learning rate.
 
     Example:
         >>> [round(dann_lr(p), 6) for p in (0.0, 0.5, 1.0)]
         [0.01, 0.002608, 0.001656]
+        >>> optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+        >>> scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, dann_lr(total_steps=1000))
+        >>> scheduler.get_last_lr()
+        [0.1]
 
     Args:
         p: Training progress in [0, 1].
-        lr0: Learning rate at the start.
+        lr0: Learning rate at the start, 0.01 by default; with ``total_steps`` it is the optimizer's.
         alpha: How soon it falls.
         beta: How far it falls.
+        total_steps: Number of training steps; a step beyond has the factor of the last one.
 
     Raises:
-        SurgeryError: ``p`` is outside [0, 1], or another number is negative.
+        SurgeryError: ``p`` is outside [0, 1], another number is negative, or both of ``p`` and
+            ``total_steps`` are given, or none.
     """
-    for name, value in (("lr0", lr0), ("alpha", alpha), ("beta", beta)):
+    given = 0.01 if lr0 is None else lr0
+    for name, value in (("lr0", given), ("alpha", alpha), ("beta", beta)):
         check_number(name, value, example="dann_lr(0.5, lr0=0.01, alpha=10.0, beta=0.75)")
-    return float(lr0 / (1.0 + alpha * check_progress(p)) ** beta)
+    if (p is None) == (total_steps is None) or (total_steps is not None and lr0 is not None):
+        raise SurgeryError(
+            "dann_lr takes the progress p, or total_steps for the factors of LambdaLR, whose optimizer has "
+            "the learning rate already",
+            example="dann_lr(0.5, lr0=0.01), or LambdaLR(optimizer, dann_lr(total_steps=1000))",
+        )
+    if total_steps is not None:
+        steps = check_count("total_steps", total_steps, example="dann_lr(total_steps=epochs * len(loader))")
+        return _DannFactor(steps, alpha, beta)
+    return float(given / (1.0 + alpha * check_progress(p)) ** beta)
+
+
+@dataclass(frozen=True)
+class _DannFactor:
+    """The factor of the learning rate after some steps."""
+
+    total_steps: int
+    alpha: float
+    beta: float
+
+    def __call__(self, step: int) -> float:
+        return dann_lr(min(step / self.total_steps, 1.0), 1.0, self.alpha, self.beta)
+
+
+# ------------------------------------------------------------------------------------------- train mode
+
+
+def set_train_mode(model: nn.Module, *, freeze_batch_norm: bool = False) -> None:
+    """Put a network into train mode, but for its batch norms (not its heads') if ``freeze_batch_norm``.
+
+    In a batch of two domains the statistics of a batch norm are of neither. Frozen ones use those that the
+    network was pretrained with. A later ``model.train()`` puts them back into train mode;
+    :func:`batch_norm_frozen` holds against that.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        >>> set_train_mode(model, freeze_batch_norm=True)
+        >>> [module.training for module in model]
+        [True, False]
+
+    Args:
+        model: A network, wrapped or not.
+        freeze_batch_norm: Keep the statistics of its batch norms.
+
+    Raises:
+        SurgeryError: It is not a network.
+    """
+    check_network(model, "set_train_mode", example="set_train_mode(model, freeze_batch_norm=True)")
+    model.train()
+    for norm in _batch_norms(model) if freeze_batch_norm else ():
+        norm.eval()
+
+
+@contextlib.contextmanager
+def batch_norm_frozen(model: nn.Module) -> Iterator[None]:
+    """Keep a network's batch norms, but not its heads', in eval mode, whatever ``model.train()`` says inside.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        >>> with batch_norm_frozen(model):
+        ...     _ = model.train()(torch.randn(8, 4))
+        >>> int(model[1].num_batches_tracked), model[1].training
+        (0, True)
+
+    Args:
+        model: A network, wrapped or not. Afterwards each batch norm is in the mode that was set last.
+
+    Raises:
+        SurgeryError: It is not a network.
+    """
+    check_network(model, "batch_norm_frozen", example="with batch_norm_frozen(model): ...")
+    modes: dict[nn.Module, bool] = {}
+
+    def freeze(norm: nn.Module, args: Any) -> None:
+        modes[norm] = norm.training
+        norm.training = False
+
+    def release(norm: nn.Module, args: Any, output: Any) -> None:
+        norm.training = modes.pop(norm, norm.training)
+
+    handles: list[Any] = []
+    for norm in _batch_norms(model):
+        handles.append(norm.register_forward_pre_hook(freeze))
+        handles.append(norm.register_forward_hook(release, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _batch_norms(model: nn.Module) -> Iterator[nn.Module]:
+    """The batch norms that are not in a head."""
+    heads = list(find_heads(model))
+    for path, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not _is_inside(path, heads):
+            yield module

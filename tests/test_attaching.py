@@ -68,7 +68,6 @@ def test_the_domain_loss_reaches_the_backbone_as_the_exact_negative():
         ("swin_tiny_patch4_window7_224", "layers.0", "nhwc"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:at 'layers.0', assumed nhwc")
 def test_the_head_is_sized_from_the_feature_and_every_objective_is_proved(name, point, layout):
     size = {"img_size": 64, "window_size": 4} if name.startswith("swin") else {}
     model = timm.create_model(name, **size)
@@ -205,7 +204,8 @@ def test_shapes_come_from_a_real_forward_where_code_looks_at_values():
 
 def test_a_head_that_ends_in_a_softmax_over_one_unit_fails_for_want_of_signal():
     dead = nn.Sequential(nn.Linear(4, 1), nn.Softmax(1))
-    m = attach(Net(), "mean", classifier=dead, binary=True)
+    with pytest.warns(UserWarning, match="the classifier Sequential ends in a softmax: a loss on logits"):
+        m = attach(Net(), "mean", classifier=dead, binary=True)
     report = gs.verify_flip(m, example_inputs=image())
     assert not report.ok
     assert "no gradient reaches it" in report.reversals[0].note
@@ -220,9 +220,18 @@ def test_networks_that_return_tuples_and_dicts_or_differ_by_mode_keep_their_outp
     for mode in ("train", "eval"):
         report = gs.verify_flip(m, model, vector(), mode=mode)
         assert report.ok, report
-    output, logits = m(vector())
-    assert type(output) is type(model(vector()))
-    assert logits.shape == (4, 2)
+    output, plain = m(vector()), model(vector())
+    if isinstance(plain, dict):
+        assert type(output) is type(plain)
+        assert {*output} == {*plain, "domain_logits"}
+        assert output["domain_logits"].shape == (4, 2)
+    elif hasattr(plain, "_fields"):
+        assert isinstance(output, type(plain))
+        assert len(output) == len(plain)
+        assert output.domain_logits.shape == (4, 2)
+    else:
+        assert type(output[0]) is type(plain)
+        assert output[1].shape == (4, 2)
 
 
 def test_heads_are_part_of_the_state_and_are_stripped_by_name():
@@ -244,19 +253,19 @@ def test_copies_of_a_network_with_heads_compute_the_same(copied):
     assert len(gs.insert_grl(twin, after="stem")(image())) == 3
 
 
-def test_a_doubtful_layout_is_assumed_aloud_and_can_be_chosen():
-    class Square(nn.Module):
+def test_a_layout_that_the_network_leaves_open_is_assumed_aloud_and_can_be_chosen():
+    class Mixes(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv = nn.Conv2d(3, 8, 1)
+            self.left, self.right = nn.Parameter(torch.randn(5, 7)), nn.Parameter(torch.randn(6, 8))
 
         def forward(self, x):
-            return self.conv(x)
+            return torch.einsum("nab,ak,bl->nkl", x, self.left, self.right)
 
-    with pytest.warns(UserWarning, match=r"at 'conv', assumed .*; pool= chooses"):
-        attach(Square(), "conv", example_inputs=torch.randn(2, 3, 8, 8))
-    m = attach(Square(), "conv", example_inputs=torch.randn(2, 3, 8, 8), pool="nhwc")
-    assert m.domain.layout.name == "nhwc"
+    x = torch.randn(2, 5, 6)
+    with pytest.warns(UserWarning, match=r"at 'einsum', assumed nlc; pool='ncl' would read C=7; pool="):
+        attach(Mixes(), "einsum", example_inputs=x)
+    assert attach(Mixes(), "einsum", example_inputs=x, pool="ncl").domain.layout.channels == 7
 
 
 @pytest.mark.parametrize(

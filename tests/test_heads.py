@@ -275,7 +275,7 @@ def test_an_empty_feature_is_refused() -> None:
     ("make", "message"),
     [
         (lambda: FeaturePool("nwhc"), "(?s)layout='nwhc' is not known.*nchw"),
-        (lambda: FeaturePool("nchw", reduction="max"), "reduction='max' is not known"),
+        (lambda: FeaturePool("nchw", reduction="median"), "reduction='median' is not known"),
         (lambda: FeaturePool("nchw", reduction="class_token"), "only tokens .* have a class token"),
         (lambda: FeaturePool("nhwc", num_prefix_tokens=1), "only tokens .* or prefix tokens"),
         (lambda: FeaturePool("nlc", num_prefix_tokens=-1), "num_prefix_tokens=-1 does not go with"),
@@ -538,9 +538,9 @@ def test_the_condition_is_chosen_as_in_the_paper(channels: int, classes: int, ki
     ("arguments", "error", "message"),
     [
         ({"shape": (2, 6, 3, 4), "pool": "nlc"}, ShapeError, r"pool='nlc' needs a feature with 3 axes"),
-        ({"shape": (2, 6, 3, 4), "pool": "mean"}, SurgeryError, "pool='mean' is not known"),
+        ({"shape": (2, 6, 3, 4), "pool": "median"}, SurgeryError, "pool='median' is not known"),
         ({"shape": (2, 6, 3, 4), "pool": "none"}, ShapeError, r"pool='none' would hand \(N, C, H, W\) to"),
-        ({"shape": (2, 5, 6), "classifier": "patch"}, ShapeError, "a patch head needs an image of features"),
+        ({"shape": (2, 6), "classifier": "patch"}, ShapeError, "it needs a feature with positions"),
         (
             {"shape": (2, 6), "classifier": "dense"},
             SurgeryError,

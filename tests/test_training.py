@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import grl_surgery as gs
 from grl_surgery.errors import PointNotFoundError, ShapeError, SurgeryError
 from grl_surgery.heads import DomainClassifier, DomainHead, build_head
 from grl_surgery.metrics import AdversarialMetrics, AdversarialReport, proxy_a_distance
@@ -772,3 +774,165 @@ def test_features_that_cannot_be_compared_are_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         proxy_a_distance(source, target)
+
+
+# ------------------------------------------------------------------------------------- labels at places
+
+
+@pytest.mark.parametrize("places", [(), (7,), (4, 3), (2, 4, 3)])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_labels_at_every_place_give_torchs_cross_entropy(
+    places: tuple[int, ...], smoothing: float, weighted: bool, ignored: bool
+) -> None:
+    logits = torch.randn(5, 3, *places, requires_grad=True)
+    labels = torch.randint(3, (5, *places))
+    if ignored:
+        labels[torch.rand(labels.shape) < 0.3] = -100
+        labels[0] = -100
+        labels[1] = 2
+    options = {"label_smoothing": smoothing, "ignore_index": -100 if ignored else None}
+    factors = torch.tensor([0.5, 2.0, 1.0]) if weighted else None
+    loss = domain_loss(logits, labels, class_weights=factors, **options)
+    expected = F.cross_entropy(logits, labels, factors, label_smoothing=smoothing, ignore_index=-100)
+    torch.testing.assert_close(loss, expected)
+    found, wanted = (torch.autograd.grad(value, logits)[0] for value in (loss, expected))
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("places", [(), (7,), (4, 3)])
+def test_one_logit_at_every_place_gives_torchs_binary_loss(places: tuple[int, ...]) -> None:
+    logits = torch.randn(5, 1, *places)
+    labels = torch.randint(2, (5, *places))
+    expected = F.binary_cross_entropy_with_logits(logits[:, 0], labels.float())
+    torch.testing.assert_close(domain_loss(logits, labels), expected)
+    smooth = F.binary_cross_entropy_with_logits(logits[:, 0], labels * 0.8 + 0.1)
+    torch.testing.assert_close(domain_loss(logits, labels, label_smoothing=0.2), smooth)
+    soft = torch.rand(5, 1, *places)
+    expected = F.binary_cross_entropy_with_logits(logits, soft)
+    torch.testing.assert_close(domain_loss(logits, soft), expected)
+
+
+@pytest.mark.parametrize("places", [(), (7,), (4, 3)])
+def test_soft_labels_give_torchs_cross_entropy(places: tuple[int, ...]) -> None:
+    logits, soft = torch.randn(5, 3, *places), torch.randn(5, 3, *places).softmax(1)
+    torch.testing.assert_close(domain_loss(logits, soft), F.cross_entropy(logits, soft))
+    each = F.cross_entropy(logits, soft, reduction="none").reshape(5, -1).mean(1)
+    weights = torch.tensor([1.0, 0.0, 2.0, 0.5, 0.5])
+    torch.testing.assert_close(domain_loss(logits, soft, weights=weights), (weights * each).sum() / 4)
+
+
+def test_a_balanced_loss_at_places_is_the_mean_of_the_domains_means_over_their_places() -> None:
+    logits, labels = (
+        torch.randn(3, 2, 6),
+        torch.tensor([[0, 0, 0, 0, 1, -1], [0, 0, 0, 0, 0, 0], [1, 1, -1, 0, 0, 0]]),
+    )
+    each = F.cross_entropy(logits, labels.clamp_min(0), reduction="none")
+    expected = (each[labels == 0].mean() + each[labels == 1].mean()) / 2
+    torch.testing.assert_close(domain_loss(logits, labels, balance=True, ignore_index=-1), expected)
+
+
+def test_where_no_place_counts_the_loss_is_zero_and_so_is_the_gradient() -> None:
+    logits = torch.randn(2, 3, 4, requires_grad=True)
+    loss = domain_loss(logits, torch.full((2, 4), -1), ignore_index=-1)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert torch.equal(logits.grad, torch.zeros(2, 3, 4))
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "message"),
+    [
+        (
+            torch.tensor([[0, 1, 5], [0, 0, 0]]),
+            {},
+            r"domains\[0, 2\] is 5, but the logits are of the domains 0 to 1",
+        ),
+        (
+            torch.zeros(2, 4).long(),
+            {},
+            r"expected one label per sample, \(2,\), or one for each place, \(2, 3\)",
+        ),
+        (
+            torch.zeros(2, 3),
+            {},
+            "domain labels are integers 0 to 1, got torch.float32",
+        ),
+        (
+            torch.ones(2, 3, 3),
+            {},
+            r"probabilities have the shape of the logits, \(2, 2, 3\), not \(2, 3, 3\)",
+        ),
+        (torch.full((2, 2, 3), 1.5), {}, "soft labels are probabilities, got values from 1.5 to 1.5"),
+        (torch.ones(2, 2, 3), {"balance": True}, "which soft labels do not say"),
+        (torch.zeros(2).long(), {"label_smoothing": 1.0}, r"label_smoothing is 1.0, but must be in \[0, 1\)"),
+        (
+            torch.zeros(2).long(),
+            {"class_weights": torch.ones(3)},
+            r"class_weights of shape \(3,\): expected .* \(2,\)",
+        ),
+    ],
+)
+def test_labels_at_places_that_do_not_fit_are_refused(
+    labels: Any, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SurgeryError, match=message):
+        domain_loss(torch.randn(2, 2, 3), labels, **options)
+
+
+# ------------------------------------------------------------------------------------------- train mode
+
+
+def with_norms() -> nn.Module:
+    network = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3))
+    return gs.attach_domain_head(network, "2", norm="batch", hidden=8, example_inputs=torch.randn(8, 6))
+
+
+def counts(m: nn.Module) -> tuple[int, int]:
+    """Batches seen by the network's own batch norm, and by the first one of the head."""
+    return int(m.get_buffer("1.num_batches_tracked")), int(
+        m.get_buffer("domain.classifier.hidden.0.norm.num_batches_tracked")
+    )
+
+
+def test_train_mode_can_leave_the_statistics_of_the_network_alone_and_not_those_of_the_head() -> None:
+    m = with_norms().eval()
+    gs.set_train_mode(m, freeze_batch_norm=True)
+    assert m.training
+    m(torch.randn(8, 6))
+    assert counts(m) == (0, 1)
+    gs.set_train_mode(m)
+    m(torch.randn(8, 6))
+    assert counts(m) == (1, 2)
+
+
+def test_frozen_batch_norms_stay_so_whatever_a_trainer_calls() -> None:
+    m = with_norms()
+    with gs.batch_norm_frozen(m):
+        for _ in range(2):
+            m.train()
+            m(torch.randn(8, 6))
+    assert counts(m) == (0, 2)
+    assert m.get_submodule("1").training
+    m(torch.randn(8, 6))
+    assert counts(m) == (1, 3)
+
+
+def test_the_learning_rate_of_dann_goes_straight_into_lambda_lr() -> None:
+    slow, fast = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([{"params": [slow], "lr": 0.01}, {"params": [fast], "lr": 0.1}])
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, dann_lr(total_steps=4))
+    for step in range(6):  # two steps beyond the last
+        factor = (1 + 10 * min(step / 4, 1.0)) ** -0.75
+        assert scheduler.get_last_lr() == pytest.approx([0.01 * factor, 0.1 * factor])
+        optimizer.step()
+        scheduler.step()
+    resumed = torch.optim.lr_scheduler.LambdaLR(optimizer, dann_lr(total_steps=4))
+    resumed.load_state_dict(pickle.loads(pickle.dumps(scheduler.state_dict())))
+
+
+@pytest.mark.parametrize("arguments", [{}, {"p": 0.5, "total_steps": 4}, {"lr0": 0.1, "total_steps": 4}])
+def test_dann_lr_takes_either_progress_or_a_number_of_steps(arguments: dict[str, Any]) -> None:
+    with pytest.raises(SurgeryError, match="takes the progress p, or total_steps"):
+        dann_lr(**arguments)

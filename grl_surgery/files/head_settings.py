@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any
 
 from torch import nn
 
 from grl_surgery.errors import ExportError
 from grl_surgery.files.plain_data import field, optional
 from grl_surgery.heads import (
+    ConcatenationMap,
     DomainClassifier,
     DomainHead,
     MultilinearMap,
     PatchDomainClassifier,
     RandomizedMultilinearMap,
 )
-from grl_surgery.pooling import FeaturePool, Layout, LayoutName
+from grl_surgery.pooling import FeaturePool, Layout, is_layout
 
 __all__ = ["describe_head", "rebuild_head"]
 
@@ -93,8 +94,10 @@ def _classifier(module: nn.Module) -> Settings:
     patch = kind == "patch"
     layers: Any = module.hidden
     norm = getattr(layers[0], "norm", None) if len(layers) else None
+    dims = {"dims": module.dims} if patch and module.dims != 2 else {}
     return {
         "kind": kind,
+        **dims,
         "width": module.in_channels if patch else module.in_features,
         "logits": logits.out_channels if patch else logits.out_features,
         "hidden": logits.in_channels if patch else logits.in_features,
@@ -104,7 +107,7 @@ def _classifier(module: nn.Module) -> Settings:
     }
 
 
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def _build_classifier(settings: Mapping[str, Any]) -> nn.Module:
@@ -112,6 +115,8 @@ def _build_classifier(settings: Mapping[str, Any]) -> nn.Module:
     if kind not in _CLASSIFIERS or norm not in (None, "batch", "layer"):
         raise ExportError(f"there is no classifier of kind {kind!r} with the norm {norm!r}")
     logits = field(settings, "logits", int)
+    dims = optional(settings, "dims", int)
+    more: dict[str, Any] = {} if dims is None else {"dims": dims}
     return _CLASSIFIERS[kind](
         field(settings, "width", int),
         2 if logits == 1 else logits,
@@ -120,6 +125,7 @@ def _build_classifier(settings: Mapping[str, Any]) -> nn.Module:
         norm,  # type: ignore[arg-type]
         float(field(settings, "dropout", float)),
         binary=logits == 1,
+        **more,
     )
 
 
@@ -130,6 +136,8 @@ def _pool(module: nn.Module) -> Settings:
         "layout": module.layout,
         "reduction": module.reduction,
         "num_prefix_tokens": module.num_prefix_tokens,
+        **({"channels": module.channels} if module.channels else {}),
+        **({"masked": module.masked} if module.masked else {}),
     }
 
 
@@ -138,12 +146,16 @@ def _build_pool(settings: Mapping[str, Any]) -> FeaturePool:
         field(settings, "layout", str),  # type: ignore[arg-type]
         reduction=field(settings, "reduction", str),  # type: ignore[arg-type]
         num_prefix_tokens=field(settings, "num_prefix_tokens", int),
+        channels=optional(settings, "channels", int),
+        masked=optional(settings, "masked", str),  # type: ignore[arg-type]
     )
 
 
 def _condition(module: nn.Module) -> Settings:
     if type(module) is MultilinearMap:
         return {"kind": "multilinear"}
+    if type(module) is ConcatenationMap:
+        return {"kind": "concatenate"}
     if type(module) is RandomizedMultilinearMap:
         features, dim = module.feature_matrix.shape
         classes = module.class_matrix.shape[0]
@@ -155,6 +167,8 @@ def _build_condition(settings: Mapping[str, Any]) -> nn.Module:
     kind = field(settings, "kind", str)
     if kind == "multilinear":
         return MultilinearMap()
+    if kind == "concatenate":
+        return ConcatenationMap()
     if kind == "randomized":
         sizes = [field(settings, name, int) for name in ("features", "classes", "output_dim")]
         return RandomizedMultilinearMap(*sizes)
@@ -165,7 +179,7 @@ def _build_layout(settings: Mapping[str, Any] | None) -> Layout | None:
     if settings is None:
         return None
     name = field(settings, "name", str)
-    if name not in get_args(LayoutName):
+    if not is_layout(name):
         raise ExportError(f"there is no layout {name!r}")
     assumption = field(settings, "assumption", str)
     return Layout(name, field(settings, "channels", int), assumption)  # type: ignore[arg-type]
