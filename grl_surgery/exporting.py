@@ -77,6 +77,7 @@ def export(
             was written does not come back as it was, or a folder would be lost.
     """
     check_model(model, "export")
+    _check_gathered(model)
     file = _checked_path(path, "export(m, 'm.safetensors')")
     if file.suffix not in (*_FORMATS, ""):
         raise ExportError(
@@ -90,16 +91,36 @@ def export(
     _check_program(model, file.suffix, purpose)
     if purpose == "training":
         check_gradients(model)
-    model = share_copy(model)  # in which no reversal is disabled
+    own, model = model, share_copy(model)  # in which no reversal is disabled
     with random_state_kept():
         if file.suffix == ".safetensors":
             write = functools.partial(write_checkpoint, model, source=source, options=options)
             write_file(file, write, functools.partial(check_checkpoint, model))
         elif file.suffix:
-            _export_program(model, file, example_inputs, purpose, kept or (), dynamic)
+            _export_program(own, model, file, example_inputs, purpose, kept or (), dynamic)
         else:
-            _export_folder(model, file, programs.inputs_for(model, example_inputs), source, options)
+            _export_folder(own, model, file, programs.inputs_for(model, example_inputs), source, options)
     return file
+
+
+def _check_gathered(model: nn.Module) -> None:
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    # By name, since importing torch's distributed modules takes seconds.
+    found = [name for name, tensor in tensors if type(tensor.data).__name__ == "DTensor"]
+    found += [
+        f"{path or 'the root'} ({kind.__name__})"
+        for path, module in model.named_modules()
+        for kind in type(module).__mro__
+        if kind.__name__ == "FullyShardedDataParallel"
+    ]
+    if found:
+        raise ExportError(
+            f"the network is sharded, and this process holds a part of it: {', '.join(found[:3])}"
+            f"{' ...' if found[3:] else ''}; gather the weights, and export a network that is not sharded",
+            example="state = get_model_state_dict(m, options=StateDictOptions(full_state_dict=True)) of "
+            "torch.distributed.checkpoint.state_dict, in every process; then plain.load_state_dict(state) "
+            "and export(plain, ...), where plain was spliced as m was",
+        )
 
 
 def _checked_path(path: Any, example: str) -> Path:
@@ -171,6 +192,7 @@ def _check_program(model: nn.Module, suffix: str, purpose: Purpose) -> None:
 
 
 def _export_folder(
+    own: nn.Module,
     model: nn.Module,
     file: Path,
     inputs: programs.Inputs,
@@ -178,11 +200,18 @@ def _export_folder(
     options: Mapping[str, Any] | None,
 ) -> None:
     write = functools.partial(write_code, model, inputs=inputs, source=source, options=options)
-    write_folder(file, write, functools.partial(check_folder, model, inputs=inputs), foreign)
+    check = functools.partial(check_folder, model, programs.outputs_of(own, inputs), inputs=inputs)
+    write_folder(file, write, check, foreign)
 
 
 def _export_program(
-    model: nn.Module, file: Path, example_inputs: Any, purpose: Purpose, heads: Sequence[str], dynamic: bool
+    own: nn.Module,
+    model: nn.Module,
+    file: Path,
+    example_inputs: Any,
+    purpose: Purpose,
+    heads: Sequence[str],
+    dynamic: bool,
 ) -> None:
     training = purpose == "training"
     # In the order attached, which is the order of the outputs.
@@ -190,18 +219,22 @@ def _export_program(
     unknown = [name for name in heads if name not in head_names(model)]
     network = model if training else programs.for_inference(model, unknown or ordered)
     inputs = programs.inputs_for(network, example_inputs)
+    if training:
+        expected = programs.outputs_of(own, inputs)
+    else:
+        expected = programs.outputs_for_inference(own, inputs, ordered)
     if file.suffix == ".pt2":
 
         def write(path: Path) -> None:
             programs.write_program(network, path, inputs, purpose, dynamic)
 
-        check = functools.partial(programs.check_program, network, inputs=inputs)
+        check = functools.partial(programs.check_program, expected, inputs=inputs)
     else:
 
         def write(path: Path) -> None:
-            programs.write_onnx(network, path, inputs, ordered, dynamic)
+            programs.write_onnx(network, path, inputs, ordered, dynamic, len(expected))
 
-        check = functools.partial(programs.check_onnx, network, inputs=inputs)
+        check = functools.partial(programs.check_onnx, expected, inputs=inputs)
     write_file(file, write, check)
 
 

@@ -20,6 +20,15 @@ __all__ = ["FlipReport", "ParameterFlip", "ReversalFlip"]
 Kind = Literal["flipped", "unchanged", "mixed", "unreached", "no signal", "wrong"]
 
 
+GLOSSARY = {
+    "mixed": "paths with and without a reversal lead to it, and their gradients add up.",
+    "unreached": "no path leads from it to this objective.",
+    "no signal": "its gradient is zero with and without the reversal, which proves nothing.",
+    "unknown": "no graph shows it; the same network with tensor hooks says what is right.",
+}
+"""What the words in a report mean, a sentence for each."""
+
+
 @dataclass(frozen=True)
 class ParameterFlip:
     """One parameter under one objective.
@@ -188,9 +197,12 @@ class FlipReport:
 
     def notable(self, most: int = 12) -> list[ParameterFlip]:
         """The parameters worth looking at: what is wrong, then mixed, then without signal."""
+        return self._worth_looking_at()[:most]
+
+    def _worth_looking_at(self) -> list[ParameterFlip]:
         ranks = {"wrong": 0, "mixed": 2, "no signal": 3}
         rows = [row for row in self.parameters if not row.ok or row.measured in ranks]
-        return sorted(rows, key=lambda row: 0 if not row.ok else ranks[row.measured])[:most]
+        return sorted(rows, key=lambda row: 0 if not row.ok else ranks[row.measured])
 
     def __str__(self) -> str:
         """The verdict, the reversals, and only the parameters worth looking at, in 100 columns."""
@@ -223,3 +235,9 @@ class FlipReport:
                 details.add_row(item.name, shape, item.predicted, item.measured, escape(item.note))
             yield ""
             yield details
+            more = len(self._worth_looking_at()) - len(rows)
+            if more:
+                yield f"and {more} more: report.parameters has them all"
+            words = {word for row in rows for word in (row.predicted, row.measured)}
+            yield ""
+            yield from (f"{word}: {meaning}" for word, meaning in GLOSSARY.items() if word in words)

@@ -11,11 +11,24 @@ from typing import Any
 
 import torch
 
-__all__ = ["ONE_AT_A_TIME", "random_state_kept"]
+__all__ = ["ONE_AT_A_TIME", "random_state_kept", "seed_everything"]
 
 # The generators belong to the process, and torch.fx patches torch.nn.Module for the process while it traces:
 # two threads that verify, trace or export at a time would see each other.
 ONE_AT_A_TIME = threading.RLock()
+
+
+def seed_everything(seed: int) -> None:
+    """Start torch's, Python's and numpy's own generators from a seed, so that what draws from them repeats.
+
+    Args:
+        seed: Not negative; numpy is given its last 32 bits. Numpy is left out where nothing has imported it.
+    """
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy: Any = sys.modules.get("numpy")
+    if numpy:
+        numpy.random.seed(seed % 2**32)
 
 
 @contextlib.contextmanager

@@ -15,13 +15,22 @@ from torch.autograd.graph import Node, get_gradient_edge
 from torch.utils import _pytree as pytree
 
 from grl_surgery.comparison import Form, form_of, same_bits
-from grl_surgery.generators import random_state_kept
+from grl_surgery.generators import random_state_kept, seed_everything
+from grl_surgery.head_outputs import split_logits
 from grl_surgery.loading.inputs import as_arguments
 from grl_surgery.nested import tensors_in
-from grl_surgery.other_tensors import clone, own_tree, with_tensors
+from grl_surgery.other_tensors import (
+    clone,
+    is_scripted,
+    own_tree,
+    tensors_held,
+    with_tensors,
+    without_graph,
+)
 from grl_surgery.precision import all_in_double, widened
 from grl_surgery.python_state import python_state_kept
 from grl_surgery.reversal import GradientReversal
+from grl_surgery.sharing import COMPILED
 
 __all__ = [
     "Experiment",
@@ -30,6 +39,7 @@ __all__ = [
     "Watch",
     "coefficients",
     "is_coefficient",
+    "left_as_it_was",
     "objective",
     "private_copy",
     "repeatable",
@@ -41,23 +51,42 @@ Gradients = dict[str, torch.Tensor | None]
 
 
 def private_copy(network: nn.Module, flags: Mapping[str, bool]) -> nn.Module:
-    """A tree over the same tensors with these mode flags, and without graphs that a cache kept alive."""
-    tree = own_tree(network)
+    """A tree over the same tensors with these mode flags; what a forward left with its graph has none here.
+
+    Only tensors that autograd has computed are exchanged, for the same values: every container stays what it
+    was, with its keys and its order, and is shared by those of the copy's modules that shared it.
+    """
+    tree = own_tree(network, copied=without_graph)
     for path, module in tree.named_modules():
         module.training = flags.get(path, module.training)
-        for name, value in module.__dict__.items():
-            is_cache = type(value) in (dict, list) and name != "_flat_weights"  # of a recurrent layer
-            if is_cache and any(_has_graph(item) for item in _items(value)):
-                value.clear()
     return tree
 
 
-def _items(container: Any) -> Sequence[Any]:
-    return list(container.values()) if isinstance(container, dict) else container
+@contextlib.contextmanager
+def left_as_it_was(network: nn.Module) -> Iterator[None]:
+    """Let a user's own network run, and put back what that changes: tensors, attributes, mode flags, objects.
 
-
-def _has_graph(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.grad_fn is not None
+    A compiled call is not used inside.
+    """
+    modules = [module for module in network.modules() if not is_scripted(module)]
+    holders = [
+        (holder, dict(holder))
+        for module in modules
+        for holder in (module.__dict__, module._parameters, module._buffers, module._modules)
+    ]
+    values = [(tensor, clone(tensor)) for tensor in tensors_held(network) if not tensor.is_meta]
+    with python_state_kept(dict(network.named_modules())):
+        for module in modules:
+            module.__dict__.pop(COMPILED, None)
+        try:
+            yield
+        finally:
+            for holder, content in holders:
+                holder.clear()
+                holder.update(content)
+            for tensor, value in values:
+                if not same_bits(tensor.detach(), value):
+                    tensor.data.copy_(value)
 
 
 @contextlib.contextmanager
@@ -100,6 +129,7 @@ class Run:
         parameters: Names of its parameters.
         written: Those of them that the forward gave other values.
         remembers: Whether it left Python objects otherwise than they were.
+        functions: Names of the autograd Functions in its graph that are not this library's.
     """
 
     output: Form
@@ -108,6 +138,7 @@ class Run:
     parameters: frozenset[str]
     written: dict[str, torch.Tensor]
     remembers: bool
+    functions: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -123,7 +154,7 @@ class _Call:
     def __call__(self) -> Any:
         given = pytree.tree_map_only(torch.Tensor, self.experiment.copied, self.experiment.inputs)
         args, kwargs = as_arguments(given)
-        torch.manual_seed(self.experiment.seed)
+        seed_everything(self.experiment.seed)
         return self.tree(*args, **kwargs)
 
 
@@ -168,25 +199,33 @@ class Experiment:
     def run(self, network: nn.Module, heads: Sequence[str] = ()) -> Run:
         """Forward once, and backward once for the output and once for each head."""
         with self._prepared(network) as call:
-            parts = dict(zip(("output", *heads), call() if heads else (call(),), strict=True))
+            parts = dict(zip(("output", *heads), split_logits(call(), heads), strict=True))
             gradients = {name: self._gradients(part, call.leaves) for name, part in parts.items()}
             output, remembers = form_of(parts["output"]), call.changed() is not None
+            functions = frozenset(_functions_in(tensors_in(list(parts.values()))))
         written = self._written(call.leaves)
-        return Run(output, gradients, call.buffers, frozenset(call.leaves), written, remembers)
+        return Run(output, gradients, call.buffers, frozenset(call.leaves), written, remembers, functions)
 
     def second(self, network: nn.Module, heads: Sequence[str] = ()) -> Form:
         """What a second call returns, without the logits of heads."""
         with self._prepared(network) as call:
             call()
             value = call()
-        return form_of(value[0] if heads else value)
+        return form_of(split_logits(value, heads)[0])
+
+    def outputs(self, network: nn.Module, inputs: Any, heads: Sequence[str]) -> list[torch.Tensor]:
+        """The first tensor of the output, and the logits of each head, for other inputs."""
+        other = Experiment(self.values, inputs, self.seed, self.double)
+        with other._prepared(network) as call, torch.no_grad():
+            parts = split_logits(call(), heads)
+        return [tensors_in(part)[0].detach() for part in parts]
 
     @contextlib.contextmanager
     def _prepared(self, network: nn.Module) -> Iterator[_Call]:
         """A network over tensors of its own, to be called; what it does to other Python objects is undone."""
         leaves = {name: self._leaf(name) for name, _ in network.named_parameters()}
         buffers = {name: self.copied(buffer) for name, buffer in network.named_buffers()}
-        valid = (name for name in coefficients(network) if is_coefficient(buffers[name]))
+        valid = (name for name in coefficients(network) if _is_valid(network, name, buffers[name]))
         buffers.update((name, torch.ones_like(buffers[name])) for name in valid)
         tree = with_tensors(network, {**leaves, **buffers}, self.copied)
         precision = all_in_double() if self.double else contextlib.nullcontext()
@@ -220,6 +259,21 @@ class Experiment:
         if scalar is None or not wanted:
             return dict.fromkeys(wanted)
         return dict(zip(wanted, _gradients(scalar, [leaves[name] for name in wanted]), strict=True))
+
+
+def _functions_in(outputs: Sequence[torch.Tensor]) -> Iterator[str]:
+    """Names of the autograd Functions written in Python, but for this library's and torch's checkpointing."""
+    waiting: list[Any] = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            module = getattr(type(node), "_forward_cls", type(node)).__module__
+            if not module.startswith(("grl_surgery.", "torch.utils.checkpoint")):
+                yield type(node).__name__
+        following = {next_node for next_node in _following(node) if next_node not in seen}
+        seen |= following
+        waiting += following
 
 
 def objective(outputs: Sequence[torch.Tensor], seed: int) -> torch.Tensor | None:
@@ -257,6 +311,11 @@ def coefficients(network: nn.Module) -> list[str]:
     """Names of the coefficients among the buffers."""
     layers = (path for path, module in network.named_modules() if isinstance(module, GradientReversal))
     return [f"{path}.coeff" if path else "coeff" for path in layers]
+
+
+def _is_valid(network: nn.Module, name: str, value: torch.Tensor) -> bool:
+    signed = network.get_submodule(name.rpartition(".")[0]).signed
+    return is_coefficient(value.abs() if signed else value)
 
 
 def is_coefficient(value: torch.Tensor) -> bool:

@@ -2,26 +2,50 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import operator
-from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Mapping
+import functools
+import logging
+import types
+import weakref
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping
+from enum import Enum
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
+from torch.utils.hooks import RemovableHandle
 
 from grl_surgery.sharing import ORIGINAL, share_copy
 
-__all__ = ["Copy", "clone", "is_scripted", "own_tree", "with_tensors"]
+__all__ = [
+    "Copy",
+    "clone",
+    "is_scripted",
+    "own_tree",
+    "slots_of",
+    "tensors_held",
+    "with_tensors",
+    "without_graph",
+]
 
 Copy = Callable[[torch.Tensor], torch.Tensor]
 
 
-def own_tree(network: nn.Module) -> nn.Module:
-    """A tree over the same tensors, but for scripted modules, which cannot share theirs and are copied."""
-    tree = share_copy(network)
+def own_tree(network: nn.Module, copied: Copy | None = None) -> nn.Module:
+    """A tree over the same tensors, but for scripted modules, which cannot share theirs and are copied.
+
+    Its containers are its own, each once, wherever the network refers to it: also from an object, which is
+    made anew then.
+
+    Args:
+        network: What to make another tree of.
+        copied: Makes what the tree holds in place of each tensor; by default they stay.
+    """
     made: dict[int, Any] = {}
+    tree = share_copy(network, made=made)
+    scripts: dict[int, Any] = {}
     for module in [module for module in tree.modules() if not is_scripted(module)]:
         original: Any = module.__dict__.get(ORIGINAL)
         if is_scripted(original):
@@ -31,7 +55,8 @@ def own_tree(network: nn.Module) -> nn.Module:
             module._modules.update(twin._modules.items())
         else:
             scripted = {name: child for name, child in module._modules.items() if is_scripted(child)}
-            module._modules.update(copy.deepcopy(scripted, made))
+            module._modules.update(copy.deepcopy(scripted, scripts))
+    _Exchange(made, copied).inside_tree(tree)
     return tree
 
 
@@ -43,6 +68,11 @@ def is_scripted(module: Any) -> bool:
 def clone(tensor: torch.Tensor) -> torch.Tensor:
     """The same values in a memory of their own."""
     return tensor.detach().clone()
+
+
+def without_graph(tensor: torch.Tensor) -> torch.Tensor:
+    """The same tensor, or one over the same memory where autograd has computed it."""
+    return tensor if tensor.grad_fn is None else tensor.detach()
 
 
 def with_tensors(
@@ -62,41 +92,183 @@ def with_tensors(
     named = (*tree.named_parameters(), *tree.named_buffers())
     known: dict[int, Any] = {id(tensor): given[name] for name, tensor in named if name in given}
     known.update((id(tensor), tensor) for tensor in given.values())
+
+    def copy_of(tensor: torch.Tensor) -> torch.Tensor:
+        return copied(tensor).requires_grad_(tensor.requires_grad and tensor.is_leaf)
+
+    _Exchange(known, copy_of).inside_tree(tree)
     for module in tree.modules():
-        _exchange_inside(module._parameters, known, copied)
-        _exchange_inside(module._buffers, known, copied)
-        if not is_scripted(module):
-            _exchange_inside(module.__dict__, known, copied)
         if hasattr(module, "_flat_weights_names"):  # recurrent layers keep a list of their parameters
             names: Any = module._flat_weights_names
             module.__dict__["_flat_weights"] = [getattr(module, name) for name in names]
     return tree
 
 
-def _exchange_inside(holder: Any, known: dict[int, Any], copied: Copy) -> None:
-    """Exchange the tensors in a dict or a list, in place."""
-    for key, item in list(enumerate(holder) if isinstance(holder, list) else holder.items()):
-        exchanged = _exchanged(item, known, copied)
-        if exchanged is not item:
-            holder[key] = exchanged
+def tensors_held(network: nn.Module) -> list[torch.Tensor]:
+    """Every tensor that a network's modules hold, each once: parameters, buffers, and those in attributes."""
+    found: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        found.append(tensor)
+        return tensor
+
+    _Exchange({}, keep).inside_tree(network)
+    return found
 
 
-def _exchanged(value: Any, known: dict[int, Any], copied: Copy) -> Any:
-    """``value`` with other tensors in it; a tensor that stands in several places stays one."""
-    if id(value) in known:
-        return known[id(value)]
-    if isinstance(value, torch.Tensor):
-        made = copied(value).requires_grad_(value.requires_grad and value.is_leaf)
-        known[id(value)] = known[id(made)] = made
-        return made
-    if type(value) is tuple:
-        parts = [_exchanged(item, known, copied) for item in value]
-        return value if all(map(operator.is_, parts, value)) else tuple(parts)
-    if type(value) in _COPIED and value:
-        known[id(value)] = value
-        _exchange_inside(value, known, copied)
-    return value
+# ------------------------------------------------------------------------------------- what tensors are in
 
 
-# The containers of which a tree has its own.
-_COPIED = (dict, OrderedDict, defaultdict, list)
+class _Exchange:
+    """Puts other tensors into the places of a tree's, wherever a module holds them.
+
+    Containers that the tree owns are filled in place. What it shares with the network (an object, a
+    container of another class, whatever is inside those) is made anew where it leads to something else now,
+    each once, so that what was the same stays the same.
+
+    Args:
+        known: What to put in the place of tensors and containers, by their ids.
+        copied: Makes what stands in the place of all other tensors; by default they stay.
+    """
+
+    def __init__(self, known: dict[int, Any], copied: Copy | None) -> None:
+        self.known = known
+        self.copied = copied
+        self.owned: dict[int, Any] = {}
+        self.leading: dict[int, bool] = {}
+        self.alive: list[Any] = []  # what is known by its id
+
+    def inside_tree(self, tree: nn.Module) -> None:
+        """Exchange what the modules of a tree hold; scripted ones have parameters and buffers only."""
+        holders: list[Any] = []
+        for module in tree.modules():
+            holders += [module._parameters, module._buffers]
+            if not is_scripted(module):
+                holders.append(module.__dict__)
+        for holder in holders:
+            self.owned.update((id(part), part) for part in (holder, *_own_containers(holder)))
+        for holder in list(self.owned.values()):
+            for key, item in list(enumerate(holder) if isinstance(holder, list) else holder.items()):
+                if not isinstance(item, _ENDS) and id(item) not in self.owned:
+                    exchanged = self.of(item)
+                    if exchanged is not item:
+                        holder[key] = exchanged
+
+    def of(self, value: Any) -> Any:
+        """What stands in the place of a value: the value itself, unless it leads to something else."""
+        if id(value) in self.known:
+            return self.known[id(value)]
+        if isinstance(value, torch.Tensor):
+            return self._made(value, value if self.copied is None else self.copied(value))
+        return self._anew(value) if self._leads(value) else value
+
+    def _is_other(self, value: Any) -> bool:
+        is_one = id(value) in self.known or isinstance(value, torch.Tensor)
+        return is_one and self.of(value) is not value
+
+    def _leads(self, value: Any) -> bool:
+        """Whether a value refers to something that another stands in the place of, over however many."""
+        if isinstance(value, _ENDS) or id(value) in self.owned:
+            return False
+        if id(value) not in self.leading:
+            self._explore(value)
+        return self.leading[id(value)]
+
+    def _explore(self, value: Any) -> None:
+        users: dict[int, list[int]] = {}
+        found: list[int] = []
+        seen: dict[int, Any] = {id(value): value}
+        waiting = [value]
+        while waiting:
+            item = waiting.pop()
+            for part in _parts(item):
+                if isinstance(part, _ENDS):
+                    continue
+                users.setdefault(id(part), []).append(id(item))
+                if self._is_other(part) or self.leading.get(id(part)):
+                    found.append(id(part))
+                elif not isinstance(part, torch.Tensor) and not (id(part) in seen or id(part) in self.owned):
+                    seen[id(part)] = part
+                    waiting.append(part)
+        self.leading.update(dict.fromkeys(seen, False))
+        self.alive.append(seen)
+        while found:
+            for user in users.get(found.pop(), ()):
+                if not self.leading[user]:
+                    self.leading[user] = True
+                    found.append(user)
+
+    def _anew(self, value: Any) -> Any:
+        """An object of the same class, made without its ``__init__``, of what stands in its parts' places."""
+        if isinstance(value, functools.partial):
+            keywords = {key: self.of(item) for key, item in value.keywords.items()}
+            return self._made(value, functools.partial(value.func, *map(self.of, value.args), **keywords))
+        kind: Any = type(value)
+        base: Any = next(base for base in kind.__mro__ if base in _CAN_BE_MADE)
+        is_fixed = base in (tuple, frozenset)
+        try:
+            twin = base.__new__(kind, *([map(self.of, base.__iter__(value))] if is_fixed else ()))
+        except TypeError:  # its content is held in C
+            return value
+        self._made(value, twin)
+        if issubclass(base, dict):
+            for key, item in base.items(value):
+                base.__setitem__(twin, key, self.of(item))
+        elif base in (list, set, deque):
+            more = (value.maxlen,) if base is deque else ()
+            base.__init__(twin, map(self.of, base.__iter__(value)), *more)
+        if isinstance(value, defaultdict):
+            twin.default_factory = value.default_factory
+        for key, item in getattr(value, "__dict__", {}).items():
+            twin.__dict__[key] = self.of(item)
+        for slot, item in slots_of(value):
+            slot.__set__(twin, self.of(item))
+        return twin
+
+    def _made(self, value: Any, twin: Any) -> Any:
+        self.known[id(value)] = self.known[id(twin)] = twin
+        self.alive += [value, twin]
+        return twin
+
+
+def _own_containers(holder: Any) -> Iterator[Any]:
+    """The plain containers in a module's dict, which are the tree's own, each before its parts."""
+    waiting, seen = [holder], {id(holder)}
+    while waiting:
+        item = waiting.pop()
+        for part in item.values() if hasattr(item, "values") else item:  # a scripted module's is no dict
+            if type(part) in (*_FILLED, tuple) and id(part) not in seen:
+                seen.add(id(part))
+                waiting.append(part)
+                if type(part) is not tuple:
+                    yield part
+
+
+def _parts(value: Any) -> list[Any]:
+    """What an object holds: items of a container, attributes, arguments of a partial call."""
+    if isinstance(value, functools.partial):
+        return [*value.args, *value.keywords.values()]
+    base: Any = next(base for base in type(value).__mro__ if base in _CAN_BE_MADE)
+    items = [] if base in (object, types.SimpleNamespace) else base.__iter__(value)
+    held = base.values(value) if issubclass(base, dict) else items
+    return [*held, *getattr(value, "__dict__", {}).values(), *(item for _, item in slots_of(value))]
+
+
+def slots_of(value: Any) -> Iterator[tuple[Any, Any]]:
+    """The attributes that live outside of ``__dict__``: what sets each, and its value."""
+    for kind in type(value).__mro__:
+        for slot in kind.__dict__.values() if "__slots__" in kind.__dict__ else ():
+            if type(slot) is types.MemberDescriptorType:
+                with contextlib.suppress(AttributeError):  # it was never set
+                    yield slot, slot.__get__(value)
+
+
+# The containers of which a tree has its own, to be filled in place.
+_FILLED = (dict, OrderedDict, defaultdict, list)
+_CAN_BE_MADE = (*_FILLED, set, deque, tuple, frozenset, types.SimpleNamespace, object)
+# What holds no tensors of a network, or is no part of its state.
+_ENDS = (
+    *(bool, int, float, complex, str, bytes, type(None), torch.Size, torch.dtype, torch.device, Enum, type),
+    *(nn.Module, fx.Graph, fx.Node, torch.Generator, logging.Logger, types.ModuleType),
+    *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, weakref.ref, RemovableHandle),
+)

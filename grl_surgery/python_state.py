@@ -8,7 +8,7 @@ import logging
 import random
 import types
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 
 from grl_surgery.links import is_size
-from grl_surgery.other_tensors import is_scripted
+from grl_surgery.other_tensors import is_scripted, slots_of
 from grl_surgery.reachable import MEMO, functions_of, memos_of, names_in
 
 __all__ = ["python_state_kept"]
@@ -188,10 +188,17 @@ def _content(value: Any) -> Any:
     if _is_generator(value):
         return value.get_state() if hasattr(value, "get_state") else value.bit_generator.state
     if isinstance(value, dict):
-        return dict(value)
+        return dict(_kind_of_dict(value).items(value))
     if isinstance(value, (set, frozenset)):
         return set(value)
-    return list(value) if isinstance(value, (list, tuple, deque)) else dict(getattr(value, "__dict__", {}))
+    if isinstance(value, (list, tuple, deque)):
+        return list(value)
+    return {**getattr(value, "__dict__", {}), **{slot.__name__: item for slot, item in slots_of(value)}}
+
+
+def _kind_of_dict(value: dict[Any, Any]) -> Any:
+    """The class whose methods read and write what a dict holds; those of a subclass may do anything else."""
+    return OrderedDict if isinstance(value, OrderedDict) else dict
 
 
 def _differs(value: Any, content: Any) -> bool:
@@ -216,8 +223,9 @@ def _is_memo(value: Any, content: Any) -> bool:
     """
     if not isinstance(value, dict):
         return isinstance(value, MEMO)
-    added = [item for key, item in value.items() if key not in content]
-    kept = all(key in value and _same(value[key], item) for key, item in content.items())
+    now = _content(value)
+    added = [item for key, item in now.items() if key not in content]
+    kept = all(_same(now.get(key, _MISSING), item) for key, item in content.items())
     return kept and all(isinstance(item, fx.Proxy) and not _is_from_inputs(item.node) for item in added)
 
 
@@ -246,7 +254,14 @@ def _put_back(value: Any, content: Any) -> None:
     elif isinstance(value, (list, deque)):
         value.clear()
         value.extend(content)
+    elif isinstance(value, (dict, set)):
+        base: Any = set if isinstance(value, set) else _kind_of_dict(value)
+        base.clear(value)
+        base.update(value, content)
     else:
-        holder = value if isinstance(value, (dict, set)) else vars(value)
-        holder.clear()
-        holder.update(content)
+        now = _content(value)
+        for name in now.keys() - content.keys():
+            object.__delattr__(value, name)
+        for name, item in content.items():
+            if now.get(name, _MISSING) is not item:
+                object.__setattr__(value, name, item)

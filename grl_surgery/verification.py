@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from grl_surgery.arguments import check_count
 from grl_surgery.comparison import difference, same_bits
+from grl_surgery.doctor.adopted_reversal import AdoptedReversal
 from grl_surgery.errors import FlipError, SurgeryError
 from grl_surgery.flip_graph import flip_graph
 from grl_surgery.flip_report import FlipReport, ParameterFlip, ReversalFlip
@@ -39,6 +40,7 @@ from grl_surgery.oracle import (
     without_adopted,
 )
 from grl_surgery.reversal import GradientReversal
+from grl_surgery.sample_rows import mixed_rows
 from grl_surgery.splicing import check_model, head_names, inner_heads, reversals, strip
 
 __all__ = ["verify_flip"]
@@ -88,6 +90,12 @@ def verify_flip(
     check_model(model, "verify_flip")
     if reference is not None:
         check_model(reference, "verify_flip")
+    if not reversals(model) and not recipes(model):
+        from grl_surgery.doctor.foreign import proof_of_foreign
+
+        report = proof_of_foreign(model, example_inputs, _TRAINING.get(mode), seed)
+        if report is not None:
+            return report
     plain = _reference(model, reference)
     inputs = known_inputs(plain) if example_inputs is None else example_inputs
     if inputs is None:
@@ -105,6 +113,9 @@ def verify_flip(
     _check_values(model)
     with repeatable():
         return _Verification(model, plain, inputs, mode, seed).report()
+
+
+_TRAINING: Mapping[str | None, bool | None] = {"train": True, "eval": False, None: None}
 
 
 def _flags(model: nn.Module, mode: str | None) -> dict[str, bool]:
@@ -150,7 +161,7 @@ class _Verification:
     """Private copies of the networks to compare, and what came of running them."""
 
     def __init__(self, model: nn.Module, plain: nn.Module, inputs: Any, mode: str | None, seed: int) -> None:
-        self.model, self.plain = model, plain
+        self.model, self.plain, self.mode = model, plain, mode
         self.heads = head_names(model)
         flags = _flags(model, mode)
         self.right_flags = flags if mode is None else {**flags, **_flags(plain, mode)}
@@ -158,6 +169,10 @@ class _Verification:
         self.spliced = private_copy(model, flags)
         for name, layer in reversals(model).items():  # a copy of one that is disabled would not be
             self.spliced.get_submodule(name)._buffers["coeff"] = layer.coeff
+            if isinstance(
+                layer, AdoptedReversal
+            ):  # its coefficient may be an argument, which is none of ours
+                self.spliced.get_submodule(name).__dict__["_obeys_argument"] = False
         self.fails_in_double = ""
 
     # -- the runs
@@ -245,11 +260,34 @@ class _Verification:
             tuple(self._reversal(name, layer, watches[name]) for name, layer in layers.items()),
             not different,
             _mode(self.spliced),
-            (*_problems(watches, rows), *_differences(self.model, self.plain)),
+            (
+                *_problems(watches, rows),
+                *_differences(self.model, self.plain),
+                *self._cancelled(),
+                *mixed_rows(self.spliced, self.experiment, self.heads),
+            ),
             type(self.plain).__name__,
             different,
             functools.partial(flip_graph, self.spliced, self.oracle, self.experiment.inputs, objectives),
         )
+
+    def _cancelled(self) -> Iterator[str]:
+        """Reversals whose gradient another one reverses back that no surgery put there."""
+        cuts = (
+            (f"{path}." if path else "", cut) for path, cuts in recipes(self.model).items() for cut in cuts
+        )
+        spliced = {f"{prefix}{cut.module}{'.reversal' if cut.is_head else ''}" for prefix, cut in cuts}
+        own = any(name not in spliced for name in reversals(self.model)) or any(
+            type(module).__module__.partition(".")[0] not in _LIBRARIES
+            for head in self.heads
+            for module in self.model.get_submodule(head).modules()
+        )
+        if spliced and (own or self.actual.functions):
+            from grl_surgery.doctor.foreign import cancelling
+
+            yield from cancelling(
+                self.model, self.experiment.inputs, _TRAINING[self.mode], self.experiment.seed
+            )
 
     def _difference(self) -> str:
         """What the forward does that the reference's does not, in words; empty if nothing."""
@@ -374,6 +412,8 @@ def _problems(watches: Mapping[str, Watch], rows: Sequence[ParameterFlip]) -> It
         yield _nothing_reversed(watches)
 
 
+# Whose modules reverse nothing but by an autograd Function, which is seen in the graph.
+_LIBRARIES = ("torch", "torchvision", "timm", "transformers", "grl_surgery")
 _NOTHING_PROVED = "no parameter upstream of a reversal receives a gradient, so nothing is proved"
 
 
@@ -423,7 +463,7 @@ def _wrong_coefficient(layer: GradientReversal) -> str:
     """Why a layer reverses nothing as things are, whatever its code does; empty if its coefficient is one."""
     if layer._suspended is not None:
         return "it is disabled at the moment, by reversal_disabled"
-    if not is_coefficient(layer.coeff):
+    if not is_coefficient(layer.coeff.abs() if layer.signed else layer.coeff):
         return f"its coefficient is {float(layer.coeff):g}; it must be finite and not negative"
     return ""
 
@@ -440,6 +480,10 @@ def _wrong_passage(layer: GradientReversal, row: Passage) -> str:
         found = _gradient_through(layer, coeff, row.entered)
         if not torch.equal(found, (row.entered * -torch.tensor(coeff)).to(found.dtype)):
             return f"it does not multiply by -{coeff:g}; {_ratio(row.entered, found)}"
+    if isinstance(layer, AdoptedReversal):
+        found = _gradient_through(layer, 1.0, row.entered, _ANOTHER_COEFF)
+        if not torch.equal(found, (row.entered * -torch.tensor(_ANOTHER_COEFF)).to(found.dtype)):
+            return f"it does not obey the coefficient that it is called with; {_ratio(row.entered, found)}"
     return ""
 
 
@@ -447,12 +491,14 @@ def _wrong_passage(layer: GradientReversal, row: Passage) -> str:
 _ANOTHER_COEFF = 0.375
 
 
-def _gradient_through(layer: GradientReversal, coeff: float, gradient: torch.Tensor) -> torch.Tensor:
-    """What a copy of the layer with this coefficient makes of a gradient."""
+def _gradient_through(
+    layer: GradientReversal, coeff: float, gradient: torch.Tensor, *argument: float
+) -> torch.Tensor:
+    """What a copy of the layer with this coefficient, or called with one, makes of a gradient."""
     twin = private_copy(layer, {})
     twin._buffers["coeff"] = torch.full_like(layer.coeff, coeff)
     x = torch.zeros_like(gradient, requires_grad=True)
-    (found,) = torch.autograd.grad(twin(x * 1), x, gradient)
+    (found,) = torch.autograd.grad(twin(x * 1, *argument), x, gradient)
     return found
 
 

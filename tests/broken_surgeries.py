@@ -468,7 +468,9 @@ BROKEN = {
     "gradient zeroed": BrokenSurgery(with_layer(Zeroes), " -?0 times", {"upstream": LOST}),
     "gradient nan": BrokenSurgery(with_layer(GivesNan), "it is not finite", {"upstream": "it is not finite"}),
     "reversed twice in the layer": BrokenSurgery(
-        with_layer(ReversesTwice), "not -1 times the one that enters", {"upstream": NOT_REVERSED}
+        with_layer(ReversesTwice),
+        "not -1 times the one that enters",
+        {"upstream": NOT_REVERSED},
     ),
     "one sample only": BrokenSurgery(
         with_layer(ReversesTheFirstSample), r" -0\.\d+ times", {"upstream": " .* times"}

@@ -163,7 +163,9 @@ def test_a_splice_inside_an_untraceable_network_passes() -> None:
 def test_a_broken_splice_inside_an_untraceable_network_is_rejected() -> None:
     model = LooksAtItsInput()
     spliced = gs.insert_grl(model, after="body.stem")
-    spliced.body.grl_body_stem = KeepsTheSign()
+    (hook,) = spliced.body.stem._forward_hooks.values()
+    spliced.grl_body_stem = KeepsTheSign()
+    hook.spliced = (spliced.grl_body_stem,)
 
     report = gs.verify_flip(spliced, model, torch.randn(4, 3, 8, 8))
 

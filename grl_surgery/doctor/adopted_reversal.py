@@ -32,6 +32,7 @@ class AdoptedReversal(GradientReversal):
     """
 
     _alias = ""
+    _obeys_argument = True  # a proof sets its copy's coefficient to 1, whatever it is called with
 
     def __init__(
         self,
@@ -47,11 +48,15 @@ class AdoptedReversal(GradientReversal):
         self._alias = "" if alias == "coeff" and saved_as is None else alias
         if self._in_state:
             self.register_state_dict_post_hook(_write)  # type: ignore[no-untyped-call]
-            self.register_load_state_dict_pre_hook(_read)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Load the coefficient from its old key, if it has one."""
+        if self._in_state:
+            _read(self, *args)
 
     def forward(self, x: Tensor, coeff: float | Tensor | None = None) -> Tensor:
         """Returns `x`; a coefficient that is passed counts more than the layer's own, as it did before."""
-        if coeff is None or self._suspended is not None:
+        if coeff is None or self._suspended is not None or not self._obeys_argument:
             return reverse_gradient(x, self._held())
         return reverse_gradient(x, coeff)
 
@@ -64,7 +69,7 @@ class AdoptedReversal(GradientReversal):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name and name == self.__dict__.get("_alias"):
-            self.set_coeff(value.reshape(()) if isinstance(value, Tensor) else value)
+            self.set_coeff(value.reshape(()).float() if isinstance(value, Tensor) else value)
         else:
             super().__setattr__(name, value)
 

@@ -19,12 +19,11 @@ from grl_surgery.doctor.verdicts import Finding
 from grl_surgery.doctor.warm_starts import rising
 from grl_surgery.errors import FlipError, SurgeryError, TracingError
 from grl_surgery.function_calls import FunctionCall
-from grl_surgery.model_graph import arguments_kept
 from grl_surgery.points import escape
 from grl_surgery.schedules import Schedule
 from grl_surgery.sharing import exchange, share_copy
-from grl_surgery.spliced_module import Cut
-from grl_surgery.splicing import check_model, patient, splice
+from grl_surgery.spliced_module import Cut, disassemble
+from grl_surgery.splicing import check_model, splice
 from grl_surgery.tracing import trace
 
 __all__ = ["adopt", "adopt_unsurveyed"]
@@ -223,7 +222,7 @@ def _is_own(home: Home, site: Site) -> bool:
 
 def _with_calls(model: nn.Module, site: Site, inputs: Any) -> tuple[nn.Module, list[str]]:
     """A copy in which the forward that calls a Function is a graph that calls a layer of ours instead."""
-    base, cuts, modules = patient(model)
+    base, cuts, modules = disassemble(model)
     assert site.passing is not None
     points = _points(base, site)
     numbers = sorted(key[3] for key in site.keys)
@@ -235,7 +234,7 @@ def _with_calls(model: nn.Module, site: Site, inputs: Any) -> tuple[nn.Module, l
         modules[name] = AdoptedReversal(_coeff(site)).train(base.training)
         cuts.append(Cut("instead", points[at], name))
         names.append(name)
-    return splice(base, cuts, modules, arguments_kept(model, inputs)), names
+    return splice(base, cuts, modules), names
 
 
 def _points(base: nn.Module, site: Site) -> list[str]:

@@ -51,7 +51,9 @@ class Home:
         else:
             module = (rig.network if network is None else network).get_submodule(self.holder)
             held = getattr(module, self.name)
-            if isinstance(held, torch.Tensor):
+            if isinstance(held, torch.Tensor) and not held.is_floating_point():
+                setattr(module, self.name, _like(held, number))  # a whole number would round it
+            elif isinstance(held, torch.Tensor):
                 with torch.no_grad():
                     held.fill_(number)
             else:
@@ -174,10 +176,14 @@ def _with_argument(rig: Rig, place: str, number: float) -> tuple[tuple[Any, ...]
 
 
 def _like(value: Any, number: float) -> Any:
-    return torch.full_like(value, number) if isinstance(value, torch.Tensor) else number
+    if not isinstance(value, torch.Tensor):
+        return number
+    dtype = value.dtype if value.is_floating_point() else torch.get_default_dtype()
+    return torch.full_like(value, number, dtype=dtype)
 
 
 def _is_number(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
-        return value.numel() == 1 and value.is_floating_point() and not value.is_meta
+        is_number = not value.is_complex() and value.dtype is not torch.bool
+        return value.numel() == 1 and is_number and not value.is_meta
     return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -113,7 +113,7 @@ class Diagnosis(_Printed):
 
     def __rich_console__(self, console: Any, options: Any) -> Any:
         mark = "[bold green]OK[/]" if self.ok else "[bold red]LOST[/]"
-        yield _line(mark, self.verdict)
+        yield _line(mark if self.findings else "[bold yellow]NONE[/]", self.verdict)
         if self.findings:
             yield ""
             yield _findings_table(self.findings)

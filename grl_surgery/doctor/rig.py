@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from grl_surgery.function_calls import function_classes
+from grl_surgery.generators import seed_everything
 from grl_surgery.loading.inputs import as_arguments
 from grl_surgery.measurement import (
     Experiment,
@@ -27,7 +28,6 @@ from grl_surgery.measurement import (
 )
 from grl_surgery.other_tensors import with_tensors
 from grl_surgery.python_state import python_state_kept
-from grl_surgery.sharing import share_copy
 
 __all__ = ["Gradients", "Rig", "private_runs", "shared_holders"]
 
@@ -58,7 +58,7 @@ class Rig:
     @classmethod
     def of(cls, model: nn.Module, inputs: Any, *, training: bool | None = None, seed: int = 0) -> Rig:
         """A rig for ``model``, its mode flags as they are or as its own ``train(training)`` sets them."""
-        moded = model if training is None else share_copy(model).train(training)
+        moded = model if training is None else private_copy(model, {}).train(training)
         tree = private_copy(model, {path: module.training for path, module in moded.named_modules()})
         for module in tree.modules():
             for name, value in module.__dict__.items():
@@ -104,7 +104,7 @@ class Rig:
     def run(self, function: Callable[..., Any] | None = None) -> list[torch.Tensor]:
         """Every tensor that one forward returns."""
         args, kwargs = self.fresh_inputs()
-        torch.manual_seed(self.seed)
+        seed_everything(self.seed)
         return tensors_in((self.network if function is None else function)(*args, **kwargs))
 
     def gradients(

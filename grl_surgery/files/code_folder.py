@@ -7,7 +7,7 @@ import importlib
 import json
 import keyword
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,7 +22,7 @@ from grl_surgery.files.recipe import Recipe, describe, same_tensors
 from grl_surgery.files.safetensors_file import check_checkpoint, write_checkpoint
 from grl_surgery.files.tensors import plain_tensor, read_tensors
 from grl_surgery.reversal import GradientReversal
-from grl_surgery.spliced_module import SplicedModule
+from grl_surgery.spliced_module import SplicedModule, surgery_of
 from grl_surgery.splicing import reversals
 from grl_surgery.verification import verify_flip
 
@@ -88,8 +88,10 @@ def _hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def check_folder(model: nn.Module, folder: Path, inputs: programs.Inputs) -> None:
-    """Load the weights, run the code, and compare its outputs with the network's.
+def check_folder(
+    model: nn.Module, expected: Sequence[torch.Tensor], folder: Path, inputs: programs.Inputs
+) -> None:
+    """Load the weights, run the code, and compare its outputs with those that are expected.
 
     Raises:
         ExportError: It does not load, or computes something else.
@@ -109,7 +111,7 @@ def check_folder(model: nn.Module, folder: Path, inputs: programs.Inputs) -> Non
         raise ExportError(
             f"{_CODE} makes {name!r} with other values than the network's", example="export(m, 'm.pt2')"
         )
-    programs.compare_outputs(folder, model, again, inputs)
+    programs.compare_outputs(folder, expected, again, inputs)
 
 
 def _proof(model: nn.Module, inputs: programs.Inputs) -> dict[str, Any] | None:
@@ -133,14 +135,19 @@ class _Code:
         self.model, self.recipe = model, recipe
         self.imports = {"from pathlib import Path", "from safetensors.torch import load_file"}
         self.imports |= {"from torch import nn"}
-        self.parts = {path: m for path, m in model.named_modules() if isinstance(m, SplicedModule)}
-        if not self.parts:
+        cut = {path: m for path, m in model.named_modules() if surgery_of(m)}
+        self.parts = {path: m for path, m in cut.items() if isinstance(m, SplicedModule)}
+        if not cut:
             raise ExportError(
                 f"this {type(model).__name__} is not spliced, so there is no code to write",
                 example="export(m, 'm.safetensors')",
             )
 
-        opaque = [path or "the root" for path, part in self.parts.items() if part.grl_surgery.is_opaque]
+        opaque = [
+            path or "the root"
+            for path, m in cut.items()
+            if not isinstance(m, SplicedModule) or m.grl_surgery.hooked
+        ]
         if opaque:
             raise ExportError(
                 f"the forward of {opaque[0]} runs as it is, so there is no graph to write as code",
@@ -179,7 +186,7 @@ class _Code:
     def _attributes(self, part: SplicedModule) -> list[str]:
         """What __init__ takes over from the network, and what is new."""
         new = {cut.module for cut in part.grl_surgery.cuts}
-        constants = set(part.grl_surgery.traced.constants)
+        constants = set(part.grl_traced.constants)
         names = [name for it in (part._parameters, part._buffers, part._modules) for name in it]
         lines = []
         for name in names:
@@ -223,27 +230,27 @@ class _Code:
         module = part.get_submodule(name)
         if isinstance(module, GradientReversal):
             self.imports.add("from grl_surgery.reversal import GradientReversal")
-            return f"GradientReversal({float(module.coeff)!r})"
+            return f"GradientReversal({float(module.coeff)!r}{', signed=True' * module.signed})"
         data = next(rows["heads"][name] for rows in self.recipe["parts"] if name in rows["heads"])
         if data["settings"] is None:
             raise ExportError(
                 f"the head {name!r} has parts of your own classes, which no code of ours can make",
                 example="export(m, 'm.pt2')",
             )
-        return self._head_code(data["settings"], float.fromhex(self._coeff_of(name)))
+        rows = self.recipe["reversals"]
+        row = next(row for path, row in rows.items() if f"{name}.reversal" in path)
+        return self._head_code(data["settings"], float.fromhex(row["coeff"]), "signed" in row)
 
-    def _coeff_of(self, name: str) -> str:
-        found = next(
-            row["coeff"] for path, row in self.recipe["reversals"].items() if f"{name}.reversal" in path
-        )
-        return str(found)
-
-    def _head_code(self, settings: Mapping[str, Any], coeff: float) -> str:
+    def _head_code(self, settings: Mapping[str, Any], coeff: float, signed: bool) -> str:
         classifier, logits = settings["classifier"], settings["num_logits"]
         kind = {"global": "DomainClassifier", "patch": "PatchDomainClassifier"}[classifier["kind"]]
         binary = classifier["logits"] == 1
         values = [classifier["width"], 2 if binary else classifier["logits"]]
-        rest = {key: classifier[key] for key in ("hidden", "depth", "norm", "dropout")}
+        rest = {
+            key: classifier[key]
+            for key in ("hidden", "depth", "norm", "dropout", "dims")
+            if key in classifier
+        }
         made = (
             f"{kind}({values[0]}, {values[1]}, {_keywords({**rest, **({'binary': True} if binary else {})})})"
         )
@@ -256,13 +263,14 @@ class _Code:
             words.append(f"pool=FeaturePool({layout!r}, {_keywords(pool)})")
         if settings["condition"]:
             condition = dict(settings["condition"])
-            multilinear = condition.pop("kind") == "multilinear"
-            names.add("MultilinearMap" if multilinear else "RandomizedMultilinearMap")
-            made = "MultilinearMap()" if multilinear else f"RandomizedMultilinearMap({_keywords(condition)})"
+            kind = _CONDITIONS[condition.pop("kind")]
+            names.add(kind)
+            made = f"{kind}({_keywords(condition)})"
             words.append(f"condition={made}")
         words.append(f"num_domains={2 if logits == 1 else logits}")
         words += ["binary=True"] if logits == 1 else []
         words.append(f"coeff={coeff!r}")
+        words += ["signed=True"] if signed else []
         self.imports |= {f"from grl_surgery.heads import {name}" for name in names}
         inside = "".join(f"            {word},\n" for word in words)
         return f"DomainHead(\n{inside}        )"
@@ -270,19 +278,19 @@ class _Code:
     # -- forward
 
     def _forwards(self, part: SplicedModule) -> list[str]:
-        if not part.grl_surgery.traced.steering:
+        if not part.grl_traced.steering:
             return self._forward(part, part.graph, "forward")
         lines = ["    def forward(self, *args, **kwargs):"]
         lines.append('        """Another computation in another mode."""')
         flags = ", ".join(
-            f"self.{path}.training" if path else "self.training" for path in part.grl_surgery.traced.steering
+            f"self.{path}.training" if path else "self.training" for path in part.grl_traced.steering
         )
         lines.append(f"        mode = ({flags},)")
-        for number, known in enumerate(part.grl_surgery.traced.graphs, start=1):
+        for number, known in enumerate(part.grl_traced.graphs, start=1):
             lines.append(f"        if mode == {known}:")
             lines.append(f"            return self.forward_{number}(*args, **kwargs)")
         lines.append('        raise RuntimeError(f"no forward was recorded for the mode {mode}")')
-        for number, graph in enumerate(part.grl_surgery.traced.graphs.values(), start=1):
+        for number, graph in enumerate(part.grl_traced.graphs.values(), start=1):
             lines += ["", *self._forward(part, graph, f"forward_{number}")]
         return lines
 
@@ -361,6 +369,13 @@ def _attributes_read(part: SplicedModule) -> dict[str, torch.Tensor]:
     """The tensors that the forward reads and that are plain attributes: the network given may hold others."""
     buffers = dict(part.named_buffers(remove_duplicate=False))
     return {path: tensor for path, tensor in read_tensors(part).items() if path not in buffers}
+
+
+_CONDITIONS = {
+    "multilinear": "MultilinearMap",
+    "randomized": "RandomizedMultilinearMap",
+    "concatenate": "ConcatenationMap",
+}
 
 
 def _keywords(values: Mapping[str, Any]) -> str:

@@ -8,9 +8,6 @@ from typing import Any
 
 from torch import fx, nn
 
-from grl_surgery.forward_text import Signature
-from grl_surgery.tracer import check_fixed, check_kind
-
 __all__ = ["forward_lines"]
 
 
@@ -28,7 +25,7 @@ def forward_lines(module: nn.Module, graph: fx.Graph, name: str) -> tuple[list[s
         graph: Not changed.
         name: Of the method.
     """
-    code = _without_checks(graph).python_code(root_module="self")
+    code = _copied(graph).python_code(root_module="self")
     source = re.sub(r";  \w+ = (\w+ = )*None", "", code.src[code.src.index("def forward") :])
     function = ast.parse(source.replace("def forward", f"def {name}", 1)).body[0]
     assert isinstance(function, ast.FunctionDef)
@@ -39,20 +36,12 @@ def forward_lines(module: nn.Module, graph: fx.Graph, name: str) -> tuple[list[s
     return text.splitlines(), {key: value for key, value in code.globals.items() if key in names}
 
 
-def _without_checks(graph: fx.Graph) -> fx.Graph:
-    """A copy without the arguments that surgery has fixed: Python itself refuses them then."""
+def _copied(graph: fx.Graph) -> fx.Graph:
+    """A copy, which writes the same arguments and none of the annotations that surgery adds."""
     plain = fx.Graph()
     result = plain.graph_copy(graph, {})
-    codegen = graph._codegen
-    plain.set_codegen(codegen.without_checks() if isinstance(codegen, Signature) else codegen)
+    plain.set_codegen(graph._codegen)
     plain.output(result)
-    for node in list(plain.nodes):
-        if node.target is check_fixed:
-            argument: Any = node.args[0]
-            plain.erase_node(node)
-            plain.erase_node(argument)
-        elif node.target is check_kind:
-            plain.erase_node(node)
     return plain
 
 

@@ -8,7 +8,7 @@ import importlib
 import inspect
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,11 +21,11 @@ from grl_surgery.files.deep_copies import deep_copy
 from grl_surgery.files.plain_data import each, field
 from grl_surgery.files.program_archive import EXTRA, check_archive
 from grl_surgery.files.recipe import describe, tied
-from grl_surgery.generators import random_state_kept
+from grl_surgery.generators import random_state_kept, seed_everything
 from grl_surgery.loaded_program import mark_as_program
 from grl_surgery.loading.inputs import as_arguments
 from grl_surgery.loading.inputs import example_inputs as known_inputs
-from grl_surgery.measurement import private_copy, tensors_in
+from grl_surgery.measurement import left_as_it_was, private_copy, tensors_in
 from grl_surgery.oracle import recipes, with_reversals
 from grl_surgery.reversal import GradientReversal
 from grl_surgery.spliced_module import SplicedModule
@@ -37,6 +37,8 @@ __all__ = [
     "compare_outputs",
     "for_inference",
     "inputs_for",
+    "outputs_for_inference",
+    "outputs_of",
     "plain",
     "read_program",
     "write_onnx",
@@ -135,7 +137,12 @@ def record(
     args, kwargs = _of_several(deep_copy(inputs)) if dynamic else deep_copy(inputs)
     shapes = _batch_sizes((args, kwargs)) if dynamic else None
     try:
-        with torch.set_grad_enabled(purpose == "training"), random_state_kept(), _quiet():
+        with (
+            torch.set_grad_enabled(purpose == "training"),
+            random_state_kept(),
+            left_as_it_was(private),  # it shares tensors and objects with the user's network
+            _quiet(),
+        ):
             return torch.export.export(
                 private, args, kwargs, dynamic_shapes=_by_argument(private, shapes, args, kwargs)
             )
@@ -153,7 +160,7 @@ def _private(model: nn.Module) -> nn.Module:
     """A copy over the same tensors, of a network with several graphs only the one of the present mode."""
     private = private_copy(model, {})
     if isinstance(private, SplicedModule):
-        if private.grl_surgery.traced.steering:
+        if private.grl_traced.steering:
             private = fx.GraphModule(private, copy.deepcopy(private.graph), type(model).__name__)
             private.train(model.training)
         _give_lists_of_their_own(private)
@@ -284,6 +291,7 @@ def _as_layers(network: Any) -> None:
         parent, _, name = path.rpartition(".")
         layer = GradientReversal()
         layer.coeff = network.get_submodule(path).coeff.detach().clone()
+        layer.signed = bool(layer.coeff < 0)
         network.get_submodule(parent)._modules[name] = layer
         for node in nodes:
             with network.graph.inserting_before(node):
@@ -297,32 +305,58 @@ def _as_layers(network: Any) -> None:
     network.recompile()
 
 
-def check_program(model: nn.Module, path: Path, inputs: Inputs) -> None:
-    """Load the program that was written for ``model``, and compare what both compute.
+def check_program(expected: Sequence[torch.Tensor], path: Path, inputs: Inputs) -> None:
+    """Load the program that was written, and compare what it computes with what is expected.
 
     Raises:
         ExportError: It does not load, or computes something else.
     """
-    compare_outputs(path, model, read_program(path), inputs)
+    compare_outputs(path, expected, read_program(path), inputs)
 
 
-def compare_outputs(path: Path, model: nn.Module, again: nn.Module, inputs: Inputs) -> None:
-    """Run the network and what was read back, each on a copy and from the same random numbers.
+def compare_outputs(path: Path, expected: Sequence[torch.Tensor], again: nn.Module, inputs: Inputs) -> None:
+    """Run a copy of what was read back, from the random numbers that the user's network saw.
 
     Raises:
-        ExportError: They compute different values.
+        ExportError: It does not compute what is expected.
     """
-    _compare(path, _outputs(_private(model), inputs), _outputs(again, inputs), 1e-5)
+    _compare(path, expected, tensors_in(_run(deep_copy(again), inputs)), 1e-5)
 
 
-def _outputs(network: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
-    """Every tensor that a copy returns, from the same random numbers every time."""
-    network = deep_copy(network)
+def outputs_of(model: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
+    """Every tensor that the user's own network returns, which a file has to return as well.
+
+    It is the network itself that runs, and no copy of it, which could be another function.
+    """
+    with left_as_it_was(model):
+        return _kept(tensors_in(_run(model, inputs)))
+
+
+def outputs_for_inference(model: nn.Module, inputs: Inputs, heads: Sequence[str]) -> list[torch.Tensor]:
+    """The same in eval mode, without the logits of heads that are not asked for."""
+    with left_as_it_was(model):
+        value = _run(model.eval(), inputs)
+        names = head_names(model)
+        if isinstance(value, tuple) and names and len(names) + 1 == len(value):
+            value = [part for name, part in zip((None, *names), value, strict=True) if name in (None, *heads)]
+        elif isinstance(value, Mapping):
+            unwanted = {f"{name}_logits" for name in names if name not in heads}
+            value = {key: part for key, part in value.items() if key not in unwanted}
+        return _kept(tensors_in(value))
+
+
+def _kept(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Copies: a network may return memory of its own that is put back afterwards."""
+    return [value.detach().clone() for value in values]
+
+
+def _run(network: nn.Module, inputs: Inputs) -> Any:
+    """What a network returns, from the same random numbers every time."""
     args, kwargs = deep_copy(inputs)
     try:
         with random_state_kept(), torch.no_grad():
-            torch.manual_seed(0)
-            return tensors_in(network(*args, **kwargs))
+            seed_everything(0)
+            return network(*args, **kwargs)
     except SurgeryError:
         raise
     except Exception as error:
@@ -332,7 +366,9 @@ def _outputs(network: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
         ) from error
 
 
-def _compare(path: Path, expected: list[torch.Tensor], found: list[torch.Tensor], tolerance: float) -> None:
+def _compare(
+    path: Path, expected: Sequence[torch.Tensor], found: Sequence[torch.Tensor], tolerance: float
+) -> None:
     if [tuple(x.shape) for x in expected] != [tuple(x.shape) for x in found]:
         raise ExportError(f"{path.name} returns {len(found)} tensors of other shapes than the network")
     for one, other in zip(expected, found, strict=True):
@@ -352,8 +388,10 @@ def _compare(path: Path, expected: list[torch.Tensor], found: list[torch.Tensor]
 # ------------------------------------------------------------------------------------------------ .onnx
 
 
-def write_onnx(model: nn.Module, path: Path, inputs: Inputs, heads: Sequence[str], dynamic: bool) -> None:
-    """Write a network without reversals for ONNX Runtime; inputs and outputs keep their names.
+def write_onnx(
+    model: nn.Module, path: Path, inputs: Inputs, heads: Sequence[str], dynamic: bool, count: int
+) -> None:
+    """Write a network without reversals for ONNX Runtime; inputs and ``count`` outputs keep their names.
 
     Raises:
         ExportError: A package is missing, or torch cannot translate the network.
@@ -361,7 +399,7 @@ def write_onnx(model: nn.Module, path: Path, inputs: Inputs, heads: Sequence[str
     for package in ("onnx", "onnxscript", "onnxruntime"):
         _need(package)
     program = record(model, inputs, "inference", dynamic)
-    names = _output_names(model, inputs, heads)
+    names = _output_names(model, heads, count - len(heads))
     try:
         with _quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -385,16 +423,15 @@ def _need(package: str) -> Any:
         ) from error
 
 
-def _output_names(model: nn.Module, inputs: Inputs, heads: Sequence[str]) -> list[str]:
+def _output_names(model: nn.Module, heads: Sequence[str], count: int) -> list[str]:
     """``output``, and heads by their names; ONNX wants other names than those of the inputs."""
-    count = len(_outputs(_private(model), inputs)) - len(heads)
     own = ["output"] if count == 1 else [f"output_{place}" for place in range(count)]
     taken = {*inspect.signature(model.forward).parameters, *own}
     return [*own, *(f"{name}_logits" if name in taken else name for name in heads)]
 
 
-def check_onnx(model: nn.Module, path: Path, inputs: Inputs) -> None:
-    """Run what was written in ONNX Runtime and compare it with the network.
+def check_onnx(expected: Sequence[torch.Tensor], path: Path, inputs: Inputs) -> None:
+    """Run what was written in ONNX Runtime and compare what it computes with what is expected.
 
     Raises:
         ExportError: It does not run there, or computes something else.
@@ -408,4 +445,4 @@ def check_onnx(model: nn.Module, path: Path, inputs: Inputs) -> None:
         found = [torch.from_numpy(value) for value in session.run(None, feed)]
     except Exception as error:
         raise ExportError(f"ONNX Runtime cannot run {path.name}: {str(error)[:300]}") from error
-    _compare(path, [x.cpu() for x in _outputs(_private(model), inputs)], found, 1e-4)
+    _compare(path, [x.cpu() for x in expected], found, 1e-4)

@@ -13,7 +13,6 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
 
-from grl_surgery.cutting import apply_cuts
 from grl_surgery.errors import ExportError, SurgeryError, one_line
 from grl_surgery.files.deep_copies import deep_copy
 from grl_surgery.files.head_settings import describe_head, rebuild_head
@@ -23,8 +22,8 @@ from grl_surgery.files.tensors import excerpt, is_alike, not_in_the_state, plain
 from grl_surgery.points import Edge
 from grl_surgery.reversal import GradientReversal
 from grl_surgery.sharing import exchange, share_copy
-from grl_surgery.spliced_module import Cut, SplicedModule
-from grl_surgery.splicing import reversals, strip
+from grl_surgery.spliced_module import Cut, SplicedModule, Surgery, surgery_of
+from grl_surgery.splicing import reversals, splice, strip
 
 __all__ = ["FORMAT", "Recipe", "describe", "rebuild", "same_tensors", "tied"]
 
@@ -52,7 +51,7 @@ def describe(model: nn.Module, source: str | None = None, options: Mapping[str, 
         options: What else its maker was given, such as ``{"num_classes": 10}``; found with the source.
     """
     parts = _parts(model)
-    plain = strip(model) if any(part.grl_surgery.cuts for part in parts.values()) else model
+    plain = strip(model) if parts else model
     found, given = find_source(plain) if source is None else (source, {})
     lines = module_lines(plain)
     return {
@@ -73,34 +72,44 @@ def describe(model: nn.Module, source: str | None = None, options: Mapping[str, 
     }
 
 
-def _parts(model: nn.Module) -> dict[str, SplicedModule]:
-    return {path: m for path, m in model.named_modules() if isinstance(m, SplicedModule)}
+def _parts(model: nn.Module) -> dict[str, nn.Module]:
+    return {path: m for path, m in model.named_modules() if surgery_of(m)}
 
 
-def _part(path: str, part: SplicedModule) -> dict[str, Any]:
+def _surgery(part: nn.Module) -> Surgery:
+    done = surgery_of(part)
+    assert done is not None
+    return done
+
+
+def _part(path: str, part: nn.Module) -> dict[str, Any]:
+    cuts = _surgery(part).cuts
     return {
         "path": path,
-        "cuts": [_cut_data(cut) for cut in part.grl_surgery.cuts],
-        "heads": {cut.module: _head_data(part, cut) for cut in part.grl_surgery.cuts if cut.is_head},
-        "arguments": list(part.grl_surgery.arguments),
+        "cuts": [_cut_data(cut) for cut in cuts],
+        "heads": {cut.module: _head_data(part, cut) for cut in cuts if cut.is_head},
         "graph": _all_lines(part),
     }
 
 
 def _cut_data(cut: Cut) -> dict[str, Any]:
     at = [cut.at.source, cut.at.target, cut.at.arg] if isinstance(cut.at, Edge) else cut.at
-    return {"kind": cut.kind, "at": at, "module": cut.module, "condition": cut.condition}
+    data = {"kind": cut.kind, "at": at, "module": cut.module, "condition": cut.condition}
+    return {**data, "operations": [list(place) for place in cut.operations]} if cut.operations else data
 
 
-def _head_data(part: SplicedModule, cut: Cut) -> dict[str, Any]:
+def _head_data(part: nn.Module, cut: Cut) -> dict[str, Any]:
     head = part.get_submodule(cut.module)
     return {"class": f"{type(head).__module__}.{type(head).__qualname__}", "settings": describe_head(head)}
 
 
 def _coefficients(model: nn.Module) -> dict[str, Any]:
     """The exact coefficient of every reversal, by its path, with its dtype."""
-    layers = {path: layer.coeff for path, layer in reversals(model).items()}
-    return {path: {"coeff": float(c).hex(), "dtype": _name_of(c.dtype)} for path, c in layers.items()}
+    return {
+        path: {"coeff": float(layer.coeff).hex(), "dtype": _name_of(layer.coeff.dtype)}
+        | ({"signed": True} if layer.signed else {})
+        for path, layer in reversals(model).items()
+    }
 
 
 def tied(model: nn.Module) -> list[list[str]]:
@@ -133,20 +142,23 @@ def _versions() -> dict[str, str]:
 # ----------------------------------------------------------------------------------------------- graphs
 
 
-def _graph_hash(parts: Mapping[str, SplicedModule]) -> str:
+def _graph_hash(parts: Mapping[str, nn.Module]) -> str:
     text = "\n".join(f"{path}\n{line}" for path in sorted(parts) for line in _all_lines(parts[path]))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _all_lines(part: SplicedModule) -> list[str]:
-    """The graphs of all modes as text: what each mode is, then one line for each operation."""
-    lines = [f"{part.grl_surgery.traced.steering} {flags}" for flags in part.grl_surgery.traced.graphs]
-    graphs = [line for graph in part.grl_surgery.traced.graphs.values() for line in _graph_lines(graph)]
+def _all_lines(part: nn.Module) -> list[str]:
+    """The cuts at calls, then the graphs of all modes: what each mode is, and a line for each operation."""
+    done = _surgery(part)
+    hooked = [f"{cut.module} {cut}, at the call" for cut in done.cuts if cut.module in done.hooked]
+    if not isinstance(part, SplicedModule):
+        return hooked
+    traced = part.grl_traced
+    lines = [f"{traced.steering} {flags}" for flags in traced.graphs]
+    graphs = [line for graph in traced.graphs.values() for line in _graph_lines(graph)]
     buffers = dict(part.named_buffers())
-    constants = [
-        f"{name} = {_bytes_hash(name, buffers[name])}" for name in sorted(part.grl_surgery.traced.constants)
-    ]
-    return [*lines, *graphs, *constants]
+    constants = [f"{name} = {_bytes_hash(name, buffers[name])}" for name in sorted(traced.constants)]
+    return [*hooked, *lines, *graphs, *constants]
 
 
 def _graph_lines(graph: fx.Graph) -> list[str]:
@@ -315,8 +327,9 @@ def _replay(recipe: Recipe, base: nn.Module, own_heads: Mapping[str, nn.Module],
         host = tree.get_submodule(path)
         cuts = [_cut(data) for data in each(field(part, "cuts", list), dict, "'cuts'")]
         made = _made(host, cuts, field(part, "heads", dict), own_heads)
-        given = dict.fromkeys(each(field(part, "arguments", list), str, "'arguments'"), torch.Tensor)
-        spliced = SplicedModule(host, apply_cuts(host, cuts, given=given), cuts, made)
+        spliced = splice(host, cuts, made)
+        if surgery_of(spliced) is None or [cut.module for cut in _surgery(spliced).cuts] != list(made):
+            raise ExportError(f"the cuts in {path[:80]!r} lie deeper in the network than the recipe says")
         lines = each(field(part, "graph", list), str, "'graph'")
         _compare_lines(lines, _all_lines(spliced), "the graph is", changed)
         if not path:
@@ -330,8 +343,7 @@ def _replay(recipe: Recipe, base: nn.Module, own_heads: Mapping[str, nn.Module],
 
 def _cut(data: Mapping[str, Any]) -> Cut:
     kind, at, module = field(data, "kind", str), data.get("at"), field(data, "module", str)
-    head, _, rest = module.partition(".") if kind == "tap" else (module, "", "")
-    if kind not in _KINDS or not head.isidentifier() or head[0] == "_" or rest not in ("", "condition"):
+    if kind not in _KINDS or not module.isidentifier() or module[0] == "_":
         raise ExportError(f"the recipe has a cut of kind {kind[:40]!r} called {module[:80]!r}")
     if kind != "edge":
         place: str | Edge = field(data, "at", str)
@@ -339,7 +351,16 @@ def _cut(data: Mapping[str, Any]) -> Cut:
         place = Edge(*each(at, str, "'at'"))
     else:
         raise ExportError(f"the recipe has a cut on the edge {repr(at)[:80]}")
-    return Cut(kind, place, module, optional(data, "condition", str))  # type: ignore[arg-type]
+    operations = tuple(_operation(row) for row in optional(data, "operations", list) or ())
+    return Cut(kind, place, module, optional(data, "condition", str), operations)  # type: ignore[arg-type]
+
+
+def _operation(row: Any) -> tuple[str, str, str, int]:
+    """Where a cut is at an operation that no graph shows."""
+    match row:
+        case [str(point), str(path), str(name), int(place)] if type(place) is int and place >= 0:
+            return point, path, name, place
+    raise ExportError(f"the recipe has a cut at the operation {repr(row)[:80]}")
 
 
 def _made(
@@ -348,8 +369,6 @@ def _made(
     """New reversals and heads for the cuts of one module."""
     made: dict[str, nn.Module] = {}
     for cut in cuts:
-        if cut.kind == "tap":
-            continue
         if cut.module in made or hasattr(host, cut.module):
             raise ExportError(f"the recipe splices in {cut.module!r}, and the network has that already")
         made[cut.module] = _head(cut.module, heads, own) if cut.is_head else GradientReversal()
@@ -447,6 +466,7 @@ def _set_coefficients(model: nn.Module, recorded: Mapping[str, Any]) -> None:
         except (ValueError, OverflowError) as error:
             raise ExportError(f"the coefficient of {path!r} is {str(data['coeff'])[:40]!r}") from error
         layer.coeff = layer.coeff.to(_dtype(field(data, "dtype", str)))
+        layer.signed = data.get("signed") is True
         try:
             layer.set_coeff(value)
         except SurgeryError as error:

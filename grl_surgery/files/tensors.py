@@ -65,7 +65,7 @@ def is_alike(tensor: torch.Tensor, written: Mapping[str, Any]) -> bool:
 
 def read_tensors(part: SplicedModule) -> dict[str, torch.Tensor]:
     """What the graphs read that is neither a parameter nor a constant of theirs, by path."""
-    traced = part.grl_surgery.traced
+    traced = part.grl_traced
     paths = {str(node.target) for graph in traced.graphs.values() for node in graph.nodes if node.op == _READ}
     held = ((path, operator.attrgetter(path)(part)) for path in sorted(paths - set(traced.constants)))
     return {path: value for path, value in held if _is_plain(value)}
