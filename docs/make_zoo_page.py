@@ -9,12 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
+from grl_surgery.zoo.ecosystem import NetworkRow, read_network_rows, result_of
 from grl_surgery.zoo.ledger import Row, read_rows
 from grl_surgery.zoo.names import by_family, every_name
 
 ROOT = Path(__file__).parent.parent
 STRUCTURAL = ROOT / "benchmarks/results/zoo_structural.jsonl"
 NUMERIC = ROOT / "benchmarks/results/zoo_numeric.jsonl"
+ECOSYSTEM = ROOT / "benchmarks/results/zoo_ecosystem.jsonl"
 
 PAGE = """# Every network there is
 
@@ -46,7 +48,23 @@ $ grl-surgery zoo --tier numeric --ledger numeric.jsonl --jobs 2
 ## By family
 
 {table}
-{notes}"""
+{notes}
+## The ecosystem
+
+Networks of other libraries, small and with random weights (`benchmarks/results/zoo_ecosystem.jsonl`). Each is
+cut after an early, a middle and a late module, after an operation, on an edge into a sum, and gets a domain
+head. What is cut in one mode is used in both, with other batches, lengths, masks, labels and flags; it is
+stripped, copied, pickled and saved. Every forward and every gradient is compared, bit for bit, with those of
+the original under hooks of torch, and the proof has to say the same. What a library lists and what cannot be
+built here stands below with the reason.
+
+```console no-run
+$ grl-surgery zoo --registry transformers --ledger transformers.jsonl
+$ grl-surgery zoo 'monai/*UNet*' --registry monai                     # some of one library
+```
+
+{ecosystem}
+"""
 
 
 def headline(rows: Mapping[str, Row], names: Sequence[str]) -> str:
@@ -55,13 +73,21 @@ def headline(rows: Mapping[str, Row], names: Sequence[str]) -> str:
     return f"{good:,} of {len(names):,} networks"
 
 
-def page(structural: Mapping[str, Row], numeric: Mapping[str, Row], names: Sequence[str]) -> str:
+def page(
+    structural: Mapping[str, Row],
+    numeric: Mapping[str, Row],
+    names: Sequence[str],
+    ecosystem: Mapping[str, NetworkRow] | None = None,
+) -> str:
     """The page that these ledgers give."""
     return PAGE.format(
         headline=headline(structural, names),
         figures="\n".join(f"- {line}" for line in _figures(structural, numeric, names)),
         table="\n".join(_table(structural, numeric, names)),
         notes="".join(_notes(structural, numeric, names)),
+        ecosystem="\n".join(
+            ecosystem_lines(read_network_rows(ECOSYSTEM) if ecosystem is None else ecosystem)
+        ),
     )
 
 
@@ -120,6 +146,47 @@ def _notes(structural: Mapping[str, Row], numeric: Mapping[str, Row], names: Seq
         lines = (f"- `{row.name}`: {row.facts['program']}" for row in programs)
         notes.append("\n## Not exported\n\n" + "\n".join(lines) + "\n")
     return notes
+
+
+def ecosystem_lines(rows: Mapping[str, NetworkRow]) -> list[str]:
+    """A table by library, and below it every network that is not as it should be."""
+    kinds = ("ok", "refused", "broken", "wrong", "disagrees", "not built")
+    lines = [
+        "| library | tried | right | refused somewhere | broken | wrong | proof disagrees | not built |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    libraries: dict[str, list[NetworkRow]] = {}
+    for row in rows.values():
+        libraries.setdefault(row.library, []).append(row)
+    for library, members in sorted(libraries.items()):
+        results = [result_of(row) for row in members]
+        cells = [library, str(len(members)), *(str(results.count(kind)) for kind in kinds)]
+        lines.append(f"| {' | '.join(cells)} |")
+    versions = sorted({part for row in rows.values() for part in row.versions.split(", ")})
+    dates = sorted({row.date for row in rows.values() if row.date})
+    when = f"{dates[0]} to {dates[-1]}" if len(dates) > 1 else "".join(dates)
+    lines += ["", f"Measured {when} with {', '.join(versions)}." if versions else "Nothing is measured yet."]
+    for kind, title in (
+        ("wrong", "Wrong"),
+        ("disagrees", "Where the proof disagrees"),
+        ("broken", "Broken"),
+        ("refused", "Refused"),
+    ):
+        found = [
+            f"- `{row.name}`, {role} {row.places.get(role, '')}: {_plain(text.partition(': ')[2])}"
+            for row in rows.values()
+            for role, text in row.outcomes.items()
+            if text.startswith(kind)
+        ]
+        lines += ["", f"### {title}", "", *found] if found else []
+    missing = [f"- `{row.name}`: {_plain(row.reason)}" for row in rows.values() if not row.built]
+    return [*lines, "", "### Not built here", "", *missing] if missing else lines
+
+
+def _plain(text: str) -> str:
+    """A sentence in which nothing is markup, cut where it becomes long."""
+    cut = text.replace("`", "'").replace("<", "&lt;").replace("[", "\\[")
+    return cut if len(cut) <= 200 else f"{cut[:200]}..."
 
 
 def main() -> None:

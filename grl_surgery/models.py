@@ -16,13 +16,28 @@ from grl_surgery.loading.checkpoints import load_checkpoint
 from grl_surgery.loading.downloads import downloading
 from grl_surgery.loading.factories import from_factory, no_factory_named
 from grl_surgery.loading.inputs import Inputs, example_inputs
+from grl_surgery.loading.libraries import from_library, is_library, library_names
 from grl_surgery.points import near_names
 
 __all__ = ["LoadedModel", "available", "example_inputs", "load_model"]
 
-Library = Literal["timm", "torchvision"]
-_LIBRARIES: tuple[Library, ...] = ("timm", "torchvision")
-_FORMS = "timm/resnet50, torchvision/resnet50, package.module:factory or file.py:factory"
+Library = Literal[
+    "timm",
+    "torchvision",
+    "transformers",
+    "monai",
+    "segmentation_models_pytorch",
+    "torchaudio",
+    "speechbrain",
+    "torch_geometric",
+    "diffusers",
+    "open_clip",
+    "ultralytics",
+]
+_IMAGES: tuple[Library, ...] = ("timm", "torchvision")
+_FORMS = (
+    "timm/resnet50, torchvision/resnet50, transformers/BertModel, package.module:factory or file.py:factory"
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +72,10 @@ def load_model(
 
     Args:
         source: ``timm/NAME``, ``torchvision/NAME``, ``package.module:factory`` or ``file.py:factory``. A
-            factory takes no arguments and returns a module, or a module and its example inputs.
+            factory takes no arguments and returns a module, or a module and its example inputs. A class of
+            another library, ``transformers/BertModel`` or ``monai/UNet?spatial_dims=3&in_channels=1``, is
+            made small where no argument says otherwise;
+            ``transformers/bert-base-uncased`` is a model on the hub.
         pretrained: Download the library's weights, or take them from its cache; a factory is called with
             ``pretrained=True``.
         checkpoint: A file of weights, loaded strictly. Not together with ``pretrained``.
@@ -92,7 +110,8 @@ def available(library: Library) -> list[str]:
     Raises:
         SurgeryError: The library is not installed.
     """
-    return [f"{library}/{name}" for name in _names(library)]
+    listed = library_names(library) if is_library(library) else _names(library)
+    return [f"{library}/{name}" for name in listed]
 
 
 def _build(source: str, pretrained: bool) -> tuple[nn.Module, Inputs | None]:
@@ -101,6 +120,8 @@ def _build(source: str, pretrained: bool) -> tuple[nn.Module, Inputs | None]:
         return _from_timm(name, pretrained), None
     if slash and library == "torchvision":
         return _from_torchvision(name, pretrained), None
+    if slash and is_library(library):
+        return from_library(library, name, pretrained)
     if ":" in source:
         return from_factory(source, pretrained)
     if source.endswith(".py"):
@@ -119,7 +140,7 @@ def _names(library: Library) -> list[str]:
 
 def _sources_like(source: str) -> list[str]:
     """The installed libraries' models of that name, or of a name like it."""
-    installed = [library for library in _LIBRARIES if importlib.util.find_spec(library)]
+    installed = [library for library in _IMAGES if importlib.util.find_spec(library)]
     sources = [name for library in installed for name in available(library)]
     name = source.rpartition("/")[2]
     exact = [choice for choice in sources if choice.partition("/")[2] == name]

@@ -15,6 +15,7 @@ from grl_surgery.commands.streams import FAILED, stdout, working
 from grl_surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
+    from grl_surgery.zoo.ecosystem import NetworkRow
     from grl_surgery.zoo.ledger import Row
 
 __all__ = ["zoo"]
@@ -43,6 +44,15 @@ def zoo(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with that ledger; what failed is tried again.")
     ] = False,
+    registry: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LIBRARY",
+            help="Networks of another library instead, such as transformers: every cut and use of each, "
+            "against an oracle of hooks. Can be repeated; 'all' is each that is installed.",
+            show_default=False,
+        ),
+    ] = None,
     jobs: Annotated[int, typer.Option(metavar="N", min=1, help="Processes.")] = 1,
     timeout: Annotated[float, typer.Option(metavar="SECONDS", help="For one network.")] = 300.0,
     memory: Annotated[float, typer.Option(metavar="GB", help="For one process, in GiB.")] = 8.0,
@@ -51,9 +61,26 @@ def zoo(
 
     Each is cut after its first, a middle and its last stage, after an operation, and on an edge into a join.
     """
+    _check_ledger(ledger, resume)
+    if registry and not set(registry) <= {"timm", "torchvision"}:
+        raise typer.Exit(_ecosystem(registry, pattern, ledger, resume, jobs, timeout, memory))
+    if registry and pattern == "*":
+        pattern = f"{registry[0]}/*" if len(registry) == 1 else pattern
     with working("Importing"):
         from grl_surgery.zoo.ledger import read_rows, write_rows
 
+    rows = read_rows(ledger) if ledger and resume else {}
+    start = time.monotonic()
+    tried = _try(_names(pattern, tier.value, rows), tier.value, ledger, jobs, timeout, memory)
+    rows.update((row.name, row) for row in tried)
+    if ledger:
+        write_rows(ledger, rows.values())
+    _print_summary(tried, time.monotonic() - start)
+    raise typer.Exit(FAILED if any(row.result == "failed" for row in tried) else 0)
+
+
+def _check_ledger(ledger: str | None, resume: bool) -> None:
+    """Refuse a ledger that cannot be written, or that would be lost."""
     if resume and ledger is None:
         raise SurgeryError(
             "--resume goes on with a ledger, and none is named", example="--resume --ledger zoo.jsonl"
@@ -66,14 +93,85 @@ def zoo(
         raise SurgeryError(
             f"{ledger} exists, and what it holds would be lost", example=f"--ledger {ledger} --resume"
         )
-    rows = read_rows(ledger) if ledger and resume else {}
+
+
+def _ecosystem(
+    registries: Sequence[str],
+    pattern: str,
+    ledger: str | None,
+    resume: bool,
+    jobs: int,
+    timeout: float,
+    memory: float,
+) -> int:
+    """Try the networks of other libraries; the status to exit with."""
+    import fnmatch
+    import functools
+
+    from rich.console import Console
+
+    with working("Listing networks"):
+        from grl_surgery.zoo import ecosystem
+        from grl_surgery.zoo.workers import run_all
+
+        names = [name for library in _installed(registries) for name in _networks_of(library)]
+    names = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+    if not names:
+        raise SurgeryError(
+            f"{pattern!r} matches no network of {', '.join(registries)}", example="'monai/*Net'"
+        )
+    rows = ecosystem.read_network_rows(ledger) if ledger and resume else {}
+    err = Console(stderr=True)
     start = time.monotonic()
-    tried = _try(_names(pattern, tier.value, rows), tier.value, ledger, jobs, timeout, memory)
+    work = functools.partial(ecosystem.try_network, seconds=timeout)
+    waiting = [name for name in names if name not in rows or ecosystem.is_old(rows[name])]
+    tried: list[NetworkRow] = []
+    for row in run_all(work, waiting, ecosystem.no_row, jobs=jobs, timeout=timeout + 10, memory=memory):
+        tried.append(row)
+        if ledger:
+            with Path(ledger).open("a", encoding="utf-8") as file:
+                file.write(ecosystem.line_of(row))
+        for role, text in row.outcomes.items():
+            if not text.startswith(("ok", "skipped")):
+                line = f"{row.name}: {role} {row.places.get(role, '')}: {text}"
+                err.print(line, markup=False, highlight=False, soft_wrap=True)
+        if not row.built:
+            err.print(f"{row.name}: not built: {row.reason}", markup=False, highlight=False, soft_wrap=True)
     rows.update((row.name, row) for row in tried)
     if ledger:
-        write_rows(ledger, rows.values())
-    _print_summary(tried, time.monotonic() - start)
-    raise typer.Exit(FAILED if any(row.result == "failed" for row in tried) else 0)
+        ecosystem.write_network_rows(ledger, rows.values())
+    built = [row for row in tried if row.built]
+    good = [row for row in built if ecosystem.result_of(row) == "ok"]
+    stdout().out(
+        f"{len(good):,} of {len(built):,} networks right at every place; {len(tried) - len(built):,} of "
+        f"{len(tried):,} not built here; {time.monotonic() - start:,.0f} s",
+        highlight=False,
+    )
+    return 0 if len(good) == len(built) else FAILED
+
+
+def _installed(registries: Sequence[str]) -> Sequence[str]:
+    """The libraries asked for; of ``all``, those that are there."""
+    import importlib.util
+
+    from grl_surgery.zoo.sources import REGISTRIES
+
+    if "all" in registries:
+        return [name for name in REGISTRIES if importlib.util.find_spec(name)]
+    for name in registries:
+        if name not in REGISTRIES:
+            raise SurgeryError(
+                f"--registry {name!r} is no library that is tried",
+                choices=[*REGISTRIES, "timm", "torchvision"],
+                example="--registry transformers",
+            )
+    return registries
+
+
+def _networks_of(library: str) -> list[str]:
+    from grl_surgery.zoo.sources import networks_of
+
+    return networks_of(library)
 
 
 def _names(pattern: str, tier: str, rows: dict[str, Row]) -> list[str]:

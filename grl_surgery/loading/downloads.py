@@ -35,7 +35,7 @@ def downloading(source: str) -> Iterator[None]:
     Raises:
         SurgeryError: The body raised any exception.
     """
-    unreachable = _unreachable_hub() if source.startswith("timm/") else None
+    unreachable = _unreachable_hub() if source.startswith(("timm/", "transformers/")) else None
     try:
         with _cache_only(unreachable is not None), _socket_timeout(_PATIENCE):
             yield

@@ -58,11 +58,10 @@ def no_factory_named(file: str) -> SurgeryError:
         body = ast.parse(Path(file).expanduser().read_bytes()).body
     except (OSError, SyntaxError, ValueError):
         body = []
-    public = [
-        f"{file}:{part.name}"
-        for part in body
-        if isinstance(part, (ast.FunctionDef, ast.ClassDef)) and part.name[0] != "_"
-    ]
+    parts = [part for part in body if isinstance(part, (ast.FunctionDef, ast.ClassDef))]
+    used = {name.id for part in parts for name in ast.walk(part) if isinstance(name, ast.Name)}
+    whole = [part for part in parts if part.name not in used] or parts  # what is used is a part of something
+    public = [f"{file}:{part.name}" for part in whole if part.name[0] != "_"]
     return SurgeryError(
         f"{file!r} is a file, and what makes the network in it is not named",
         choices=public[:_SHOWN],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import reprlib
 from collections.abc import Mapping
 from typing import Any
@@ -26,7 +27,8 @@ def example_inputs(model: nn.Module) -> Inputs | None:
 
     An attribute (or method without arguments) ``example_inputs`` of the model is used as it is. Otherwise
     the shapes come from timm's or torchvision's metadata, for a batch of two, on the device and with the
-    dtype of the model's parameters. The global random state is not touched.
+    dtype of the model's parameters; a network of transformers has ``dummy_inputs``. The global random state
+    is not touched.
 
     Example:
         >>> import timm
@@ -49,7 +51,18 @@ def example_inputs(model: nn.Module) -> Inputs | None:
     size = _timm_size(model)
     if size is not None:
         return _images(model, size)
-    return _torchvision_inputs(model)
+    return _torchvision_inputs(model) or _dummy_inputs(model)
+
+
+def _dummy_inputs(model: nn.Module) -> Inputs | None:
+    """The dummy inputs of a network of transformers, where its forward has arguments of these names."""
+    dummy = getattr(model, "dummy_inputs", None)
+    if not isinstance(dummy, Mapping) or not all(isinstance(x, torch.Tensor) for x in dummy.values()):
+        return None
+    if not dummy.keys() <= inspect.signature(model.forward).parameters.keys():
+        return None
+    parameter = next(model.parameters(), torch.empty(0))
+    return {name: tensor.to(parameter.device) for name, tensor in dummy.items()}
 
 
 def as_inputs(value: object) -> Inputs:

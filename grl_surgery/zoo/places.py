@@ -11,10 +11,10 @@ from typing import Literal
 from torch import fx, nn
 
 from grl_surgery.errors import TracingError
-from grl_surgery.links import links, origin
+from grl_surgery.links import boundary, links, origin
 from grl_surgery.points import Edge, escape, split_number
 from grl_surgery.trace_copy import is_building_block
-from grl_surgery.tracer import boundary, operation
+from grl_surgery.tracer import operation
 from grl_surgery.tracing import around_aliases, module_paths, trace
 
 __all__ = ["Place", "Survey", "survey"]

@@ -121,8 +121,8 @@ def _all_cuts(model: nn.Module, places: Sequence[Place], root: str) -> tuple[nn.
         edges = [place.at for place in places if isinstance(place.at, Edge)]
         spliced = insert_grl(model, after=points)
         spliced = insert_grl(spliced, edge=edges) if edges else spliced
-        assert isinstance(spliced, SplicedModule)
-        return spliced, [cut.module for cut in spliced.grl_surgery.cuts]
+        if isinstance(spliced, SplicedModule) and not spliced.grl_surgery.hooked:
+            return spliced, [cut.module for cut in spliced.grl_surgery.cuts]
     coefficients = []
     for place in places:
         before = {id(layer.coeff) for layer in reversals(model).values()}

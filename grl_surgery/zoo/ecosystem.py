@@ -1,0 +1,264 @@
+"""One network of the ecosystem, tried in a process of its own, as a row whatever happens.
+
+python -m grl_surgery.zoo.ecosystem transformers/BertModel     # one network, printed
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import resource
+import signal
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from grl_surgery.errors import SurgeryError, one_line
+from grl_surgery.loading.libraries import LIBRARIES
+
+__all__ = [
+    "NetworkRow",
+    "is_old",
+    "line_of",
+    "no_row",
+    "read_network_rows",
+    "result_of",
+    "try_network",
+    "write_network_rows",
+]
+
+
+@dataclass(frozen=True)
+class NetworkRow:
+    """What came of one network of the ecosystem.
+
+    Args:
+        name: As ``load_model`` takes it.
+        library: That it is of.
+        built: Whether it was built and ran here.
+        reason: Why it was not built.
+        scope: ``graph``, where the spliced network is a graph of the root; ``own class``, where it keeps it.
+        places: What was cut, by role.
+        outcomes: Of each trial ``ok``, or ``skipped: ``, ``refused: `` with the sentence, ``broken: `` with
+            the error, ``wrong: `` where the oracle says otherwise, ``disagrees: `` where the proof does.
+        notes: What a reader has to know besides.
+        parameters: How many it has.
+        splice_ms: Median processor time of one ``insert_grl``, in milliseconds.
+        seconds: Processor time of everything.
+        versions: Of torch and of the library.
+        date: On which it was measured.
+    """
+
+    name: str
+    library: str
+    built: bool
+    reason: str = ""
+    scope: str = ""
+    places: dict[str, str] = field(default_factory=dict)
+    outcomes: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    parameters: int = 0
+    splice_ms: float = 0.0
+    seconds: float = 0.0
+    versions: str = ""
+    date: str = ""
+
+
+def result_of(row: NetworkRow) -> str:
+    """``ok``, ``not built``, or the worst kind that an outcome has.
+
+    Example:
+        >>> result_of(NetworkRow("a/B", "a", True, outcomes={"early": "ok", "late": "refused: no"}))
+        'refused'
+    """
+    if not row.built:
+        return "not built"
+    kinds = {text.partition(":")[0] for text in row.outcomes.values()}
+    return next((kind for kind in ("wrong", "disagrees", "broken", "refused") if kind in kinds), "ok")
+
+
+def is_old(row: NetworkRow) -> bool:
+    """Whether it was measured with another torch or another version of its library."""
+    return row.versions != _versions(row.library)
+
+
+def try_network(source: str, seconds: float = 120.0) -> NetworkRow:
+    """Build one network and try everything, in a fork: what it does to its library ends with it.
+
+    Args:
+        source: As ``load_model`` takes it.
+        seconds: After which it is ended.
+    """
+    _import_library(source)
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        with contextlib.suppress(BaseException):
+            signal.alarm(int(seconds) + 1)
+            row = _row(source)
+            with os.fdopen(writer, "w") as file:
+                file.write(json.dumps({key: value for key, value in asdict(row).items() if key != "date"}))
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as file:
+        text = file.read()
+    _, status = os.waitpid(child, 0)
+    if text:
+        return NetworkRow(**json.loads(text), date=time.strftime("%Y-%m-%d"))
+    ended = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+    if ended == signal.SIGALRM:
+        return no_row(source, f"it took longer than {seconds:g} s", seconds)
+    return no_row(source, f"the process ended with signal {ended}", 0.0)
+
+
+def no_row(source: str, reason: str, seconds: float) -> NetworkRow:
+    """The row of a network of which nothing is known but why."""
+    library = source.partition("/")[0]
+    return NetworkRow(
+        source,
+        library,
+        False,
+        reason[:300],
+        seconds=round(seconds, 2),
+        versions=_versions(library),
+        date=time.strftime("%Y-%m-%d"),
+    )
+
+
+def _import_library(source: str) -> None:
+    """Import what every network of the library needs, once, before the forks."""
+    from grl_surgery.zoo import trials  # noqa: F401
+
+    library = source.partition("/")[0]
+    with warnings.catch_warnings(), contextlib.suppress(Exception):
+        warnings.simplefilter("ignore")
+        __import__(LIBRARIES[library].places[0] if library in LIBRARIES else library)
+
+
+def _row(source: str) -> NetworkRow:
+    from grl_surgery.models import load_model
+    from grl_surgery.zoo.trials import try_everything
+
+    start = time.process_time()
+    library = source.partition("/")[0]
+    row = NetworkRow(source, library, False, versions=_versions(library))
+    with _undisturbed():
+        try:
+            loaded = load_model(source)
+            if loaded.example_inputs is None:
+                return no_row(source, "no inputs that were tried run", time.process_time() - start)
+        except Exception as error:
+            return no_row(source, one_line(error), time.process_time() - start)
+        count = sum(p.numel() for p in loaded.module.parameters())
+        try:
+            trials = try_everything(loaded.module, loaded.example_inputs)
+        except MemoryError:
+            return no_row(source, "it needs more than 6 GiB of memory", time.process_time() - start)
+        except Exception as error:
+            reason = f"the hooks of the oracle do not run on it: {one_line(error)}"
+            return no_row(source, reason, time.process_time() - start)
+    splice = round(median(trials.splice_ms), 1) if trials.splice_ms else 0.0
+    taken = round(time.process_time() - start, 2)
+    return NetworkRow(
+        source,
+        library,
+        True,
+        "",
+        trials.scope,
+        trials.places,
+        trials.outcomes,
+        trials.notes,
+        count,
+        splice,
+        taken,
+        row.versions,
+    )
+
+
+def _versions(library: str) -> str:
+    distribution = LIBRARIES[library].distribution if library in LIBRARIES else library
+    return f"torch {metadata.version('torch').partition('+')[0]}, {library} {metadata.version(distribution)}"
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """One thread, 6 GiB, and nothing of what libraries say."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    resource.setrlimit(resource.RLIMIT_DATA, (6 * 2**30, resource.RLIM_INFINITY))
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    logging.disable(logging.WARNING)
+    with open(os.devnull, "w") as nowhere, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            yield
+
+
+# ------------------------------------------------------------------------------------------------ the ledger
+
+
+def read_network_rows(path: str | os.PathLike[str]) -> dict[str, NetworkRow]:
+    """The rows of a ledger by name; none where there is no file. A last line that was cut short is left out.
+
+    Raises:
+        SurgeryError: A line is no row.
+    """
+    file = Path(path)
+    lines = file.read_text("utf-8").splitlines() if file.exists() else []
+    known = {item.name for item in fields(NetworkRow)}
+    rows = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            row = NetworkRow(**{key: value for key, value in json.loads(line).items() if key in known})
+        except (ValueError, TypeError, AttributeError) as error:
+            if number == len(lines):
+                break
+            raise SurgeryError(f"line {number} of {file} is no row of a ledger: {line[:60]!r}") from error
+        rows[row.name] = row
+    return rows
+
+
+def write_network_rows(path: str | os.PathLike[str], rows: Iterable[NetworkRow]) -> None:
+    """Write a ledger anew, sorted by name; outcomes that are ``ok`` are counted, the others kept."""
+    file = Path(path)
+    beside = file.with_name(f".{file.name}.new")
+    beside.write_text("".join(map(line_of, sorted(rows, key=lambda row: row.name))), "utf-8")
+    beside.replace(file)
+
+
+def line_of(row: NetworkRow) -> str:
+    """A row as a line of JSON, without what is empty."""
+    return (
+        json.dumps(
+            {
+                key: value
+                for key, value in asdict(row).items()
+                if value not in ("", {}, [], 0, None) or value is False
+            }
+        )
+        + "\n"
+    )
+
+
+def _main(names: list[str]) -> None:
+    for name in names:
+        row = try_network(name)
+        print(name, result_of(row), row.reason, row.scope, f"{row.seconds} s, {row.splice_ms} ms", row.notes)
+        for role, text in row.outcomes.items():
+            print(f"    {role:24} {row.places.get(role, '')} | {text}")
+        print("   ", dict(Counter(text.partition(":")[0] for text in row.outcomes.values())))
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1:])
