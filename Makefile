@@ -7,13 +7,13 @@ INSTALLED := $(VENV)/.installed
 DOCS := README.md $(wildcard docs/*.md docs/*/*.md)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak mutate lint format typecheck readme docs bench clean
+.PHONY: adapt help demo test soak mutate lint format typecheck readme docs bench clean
 
 help:
 	@echo "make demo       the main job on a pretrained network: splice, prove, strip"
 	@echo "make test       all tests"
 	@echo "make soak       20,000 random networks against a plain interpreter; a quarter of an hour on two cores"
-	@echo "make mutate     break the library in 106 small ways; the tests must notice each"
+	@echo "make mutate     break the library in 114 small ways; the tests must notice each"
 	@echo "make lint       ruff's checks and formatting (make format repairs)"
 	@echo "make typecheck  mypy --strict"
 	@echo "make readme     run the code blocks of README.md and docs/"
@@ -49,9 +49,12 @@ readme: $(INSTALLED)
 	@$(BIN)/python docs/run_blocks.py $(DOCS)
 
 docs: $(INSTALLED)
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # One peer pins another torchmetrics than the tests use, so it is kept beside the environment; the rest is in dev.
+adapt: $(INSTALLED)
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/adaptation $(ARGS)
+
 bench: $(INSTALLED) build/bench
 	@OMP_NUM_THREADS=1 PYTHONPATH=build/bench $(BIN)/python benchmarks/performance $(ARGS)
 

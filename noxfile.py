@@ -24,6 +24,24 @@ def tests(session: nox.Session, torch: str, timm: str) -> None:
     session.run("python", "-m", "pytest", "-q", "-n", "2", *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
+@nox.session(python="3.13")
+def nightly(session: nox.Session) -> None:
+    """The suite with PyTorch's nightly build."""
+    session.install("-e", ".[dev]")
+    nightly_builds = "https://download.pytorch.org/whl/nightly/cpu"
+    session.install("--upgrade", "--pre", "torch", "torchvision", "--index-url", nightly_builds)
+    warnings = ("-W", "default::DeprecationWarning", "-W", "default::FutureWarning")
+    session.run("python", "-m", "pytest", "-q", "-n", "2", *warnings, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session(python="3.11")
+def locked(session: nox.Session) -> None:
+    """The suite in the environment of requirements-tests.txt, version by version."""
+    session.install("-r", "requirements-tests.txt")
+    session.install("--no-deps", "-e", ".")
+    session.run("python", "-m", "pytest", "-q", "-n", "2", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
 @nox.session(python="3.10", venv_backend="uv")
 def lowest(session: nox.Session) -> None:
     """The suite with the oldest of everything that pyproject.toml names.

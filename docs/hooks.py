@@ -20,10 +20,19 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 
-PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md", "README.md": "index.md"}
+PAGES = {
+    "CHANGELOG.md": "changelog.md",
+    "CODE_OF_CONDUCT.md": "conduct.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "README.md": "index.md",
+    "README.zh.md": "zh/index.md",
+    "SECURITY.md": "security.md",
+}
 """Files outside of docs/, and the pages that show them."""
 
 _LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
+_OUTCOME = re.compile(r"<td( [^>]*)?>(<strong>LOST</strong>|reversed\b|error\b|wrong\b)")
+_TABLE_OF_OUTCOMES = re.compile(r"<table>(?=(?:(?!</table>).)*<strong>LOST</strong>)", re.DOTALL)
 _FENCE = re.compile(r"^(\s*`{3,}\w+) no-run$", re.MULTILINE)
 
 
@@ -64,17 +73,17 @@ def on_config(config: Any) -> Any:
     placed = set(_leaves(config.nav))
     found = (path.relative_to(DOCS).as_posix() for path in sorted(DOCS.rglob("*.md")))
     more = [page for page in found if page not in placed]
-    config.nav += [{"Examples": list(example_pages().values())}]
-    config.nav += [{"More": more}] if more else []
+    _section(config.nav, "Examples").extend(example_pages().values())
+    _section(config.nav, "Guides").extend([{"More": more}] if more else [])
     if undescribed_names():
-        config.nav += [{"More names": "reference/more.md"}]
+        _section(config.nav, "Reference").append({"More names": "reference/more.md"})
     return config
 
 
 def on_files(files: Any, config: Any) -> Any:
     """Add the pages that are made of other files."""
     for source, page in PAGES.items():
-        if page != "index.md":
+        if not (DOCS / page).exists():
             files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
     for source, page in example_pages().items():
         code = (ROOT / source).read_text(encoding="utf-8")
@@ -109,8 +118,19 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
-    """Docstrings name what they refer to in the manner of Sphinx, ``:func:`insert_grl```: keep the name."""
-    return re.sub(r":(?:func|class|meth|data|mod):(?=<code>)", "", html).replace("<code>~", "<code>")
+    """Keep the name of what a docstring refers to (``:func:`insert_grl```), and colour tables of outcomes."""
+    html = re.sub(r":(?:func|class|meth|data|mod):(?=<code>)", "", html).replace("<code>~", "<code>")
+    html = re.sub(
+        r"<table>(?=(?:(?!</table>).)*<strong>LOST</strong>)", '<table class="outcomes">', html, flags=re.S
+    )
+    return _OUTCOME.sub(_outcome, html)
+
+
+def _outcome(cell: re.Match[str]) -> str:
+    """A cell of a table of outcomes, with a class for its colour; the sign says the same without colour."""
+    kind = "lost" if "LOST" in cell[2] else cell[2]
+    sign = {"lost": "✗", "reversed": "✓", "error": "!", "wrong": "✗"}[kind]
+    return f'<td{cell[1] or ""} class="{kind}"><span aria-hidden="true">{sign}</span> {cell[2]}'
 
 
 def _example_page(source: str, code: str) -> str:
@@ -123,10 +143,22 @@ def _existing(nav: Iterable[Any]) -> list[Any]:
     kept: list[Any] = []
     for item in nav:
         if isinstance(item, dict):
-            kept.append({title: _existing(value) for title, value in item.items()})
+            kept.append(
+                {
+                    title: value if isinstance(value, str) else _existing(value)
+                    for title, value in item.items()
+                }
+            )
         elif item in made or (DOCS / item).exists():
             kept.append(item)
     return kept
+
+
+def _section(nav: list[Any], title: str) -> list[Any]:
+    """The pages of one tab."""
+    return next(
+        pages for item in nav if isinstance(item, dict) for name, pages in item.items() if name == title
+    )
 
 
 def _leaves(nav: Iterable[Any]) -> Iterator[str]:

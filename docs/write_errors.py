@@ -12,10 +12,16 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 HEAD = """# Errors
 
-What goes wrong, and what is then said. Every call on this page is run by `tests/test_bad_input.py`, which
-compares the message word by word and checks that the network, its gradients, its hooks, the random state and
-the folder are as they were before. All errors of this library are `SurgeryError`, a `ValueError`; a command
-prints the message without a traceback and exits 2. `model` is a small network, `x` its input.
+- Every error of this library is a `SurgeryError`, which is a `ValueError`: `except gs.SurgeryError` catches
+  all.
+- A message says what failed, lists the nearest valid choices, and ends with a call that works. Search this
+  page for yours.
+- A command prints the message without a traceback and exits with 2. It exits with 1 only where a check
+  failed.
+
+A call that fails changes nothing. `tests/test_bad_input.py` runs each call below, compares the message word
+by word, and checks that the network, its gradients, its hooks, the random state and the folder are as
+before. `model` is a small network, `x` its input.
 """
 
 

@@ -56,7 +56,7 @@ def detector() -> FasterRCNN:
 
 
 def adaptive(network: nn.Module, coeff: float = 0.1) -> nn.Module:
-    """The detector with both heads: it returns (losses or boxes, image logits, box logits)."""
+    """The detector with both heads: in train mode their logits stand in the dict of losses."""
     images = [torch.rand(3, SIZE, SIZE)] * 2
     m = gs.attach_domain_head(
         network,
@@ -70,6 +70,7 @@ def adaptive(network: nn.Module, coeff: float = 0.1) -> nn.Module:
     return gs.attach_domain_head(
         m,
         after="roi_heads.box_head",
+        pool="nc",  # one label for each box
         name="box_domain",
         hidden=64,
         coeff=coeff,
@@ -79,7 +80,8 @@ def adaptive(network: nn.Module, coeff: float = 0.1) -> nn.Module:
 
 def losses(m: nn.Module, images: list[Tensor], targets: Targets, domain: int) -> dict[str, Tensor]:
     """Losses of one domain's images; those of the detector only for the source, whose boxes are known."""
-    found, image_logits, box_logits = m(images, targets)
+    found = m(images, targets)
+    image_logits, box_logits = (found.pop(f"{name}_logits") for name in ("image_domain", "box_domain"))
     of_images = torch.full((len(image_logits),), domain)
     of_boxes = torch.full((len(box_logits),), domain)
     return {

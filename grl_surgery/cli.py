@@ -5,15 +5,18 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+import typer.core
 
 from grl_surgery.commands.attach import attach
 from grl_surgery.commands.doctor import doctor
 from grl_surgery.commands.export import export
 from grl_surgery.commands.graph import print_graph
 from grl_surgery.commands.insert import insert
+from grl_surgery.commands.new import new
+from grl_surgery.commands.probe import probe
 from grl_surgery.commands.streams import (
     FAILED,
     NAME,
@@ -31,7 +34,30 @@ from grl_surgery.errors import FlipError, SurgeryError
 
 __all__ = ["app", "main"]
 
+
+class _Command(typer.core.TyperCommand):
+    """A command whose help shows a flag without the type of its value, which nobody writes."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _without_types_of_flags(super().get_params(ctx))
+
+
+class _Group(typer.core.TyperGroup):
+    """The same for the options of the program itself."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _without_types_of_flags(super().get_params(ctx))
+
+
+def _without_types_of_flags(params: list[Any]) -> list[Any]:
+    for param in params:
+        if getattr(param, "is_flag", False):
+            param.metavar = ""
+    return params
+
+
 app = typer.Typer(
+    cls=_Group,
     help="Splice gradient reversals into an existing network; prove that exactly the right gradients flip.",
     epilog="MODEL is timm/NAME, torchvision/NAME, package.module:factory or file.py:factory. "
     "Exit status: 0 done, 1 a check failed, 2 the request cannot be met.",
@@ -85,17 +111,19 @@ def _options(
     pass
 
 
-app.command("graph")(print_graph)
-app.command()(insert)
-app.command()(attach)
-app.command()(verify)
-app.command()(export)
-app.command()(strip)
-app.command()(doctor)
-app.command()(zoo)
+app.command("graph", cls=_Command)(print_graph)
+app.command(cls=_Command)(insert)
+app.command(cls=_Command)(attach)
+app.command(cls=_Command)(verify)
+app.command(cls=_Command)(export)
+app.command(cls=_Command)(strip)
+app.command(cls=_Command)(doctor)
+app.command(cls=_Command)(zoo)
+app.command(cls=_Command)(probe)
+app.command(cls=_Command)(new)
 
 
-@app.command()
+@app.command(cls=_Command)
 def demo() -> None:
     """The main job on a pretrained network and real photographs: splice, prove, strip."""
     with working("Importing"):

@@ -269,10 +269,10 @@ TABLE = [
     ),
     BadInput(
         "gs.insert_grl(model, after=nn.ReLU())",
-        "SurgeryError",
-        "after=ReLU() is no point: expected a name, 'glob:...', 're:...', a module class or a "
-        "function of a graph node, got ReLU\n"
-        "  for example: after='layer3', after='glob:layer3.*', after=torch.nn.Conv2d",
+        "PointNotFoundError",
+        "a ReLU was given that is not a module of this Net\n"
+        "  nearest: stage1.0.act, stage1.1.act, stage2.0.act, stage2.1.act\n"
+        "  for example: insert_grl(model, after=model.layer3), with a module of the model that is passed",
         "Points and edges",
     ),
     BadInput(
@@ -383,7 +383,8 @@ TABLE = [
         "SurgeryError",
         "coeff is nan; it must be finite and not negative: the gradient is multiplied by -coeff, "
         "so that a negative one un-reverses it, and infinity or nan destroys it\n"
-        "  for example: coeff=0.5",
+        "  for example: coeff=0.5, or GradientReversal(-0.5, signed=True) "
+        "on purpose",
         "Coefficients",
     ),
     BadInput(
@@ -391,7 +392,8 @@ TABLE = [
         "SurgeryError",
         "coeff is -0.1; it must be finite and not negative: the gradient is multiplied by -coeff, "
         "so that a negative one un-reverses it, and infinity or nan destroys it\n"
-        "  for example: coeff=0.5",
+        "  for example: coeff=0.5, or GradientReversal(-0.5, signed=True) "
+        "on purpose",
         "Coefficients",
     ),
     BadInput(
@@ -399,7 +401,8 @@ TABLE = [
         "SurgeryError",
         "coeff is inf; it must be finite and not negative: the gradient is multiplied by -coeff, "
         "so that a negative one un-reverses it, and infinity or nan destroys it\n"
-        "  for example: coeff=0.5",
+        "  for example: coeff=0.5, or GradientReversal(-0.5, signed=True) "
+        "on purpose",
         "Coefficients",
     ),
     BadInput(
@@ -461,7 +464,7 @@ TABLE = [
         "SurgeryError",
         "coeff is -1; it must be finite and not negative: the gradient is multiplied by -coeff, so "
         "that a negative one un-reverses it, and infinity or nan destroys it\n"
-        "  for example: coeff=0.5",
+        "  for example: coeff=0.5, or GradientReversal(-0.5, signed=True) on purpose",
         "Coefficients",
     ),
     BadInput(
@@ -523,18 +526,9 @@ TABLE = [
     BadInput(
         'gs.insert_grl(nn.Sequential(DrawsInPython()), edge=("input", "0.fc"))',
         "TracingError",
-        "the forward of '0' (DrawsInPython) cannot be traced: it draws random numbers in Python, "
-        "which a graph would freeze\n"
-        "  for example: after='0' needs no trace of that forward",
-        "Networks",
-    ),
-    BadInput(
-        'gs.insert_grl(KeywordOnly(), after="fc")(vector(), shift=1.0, double=True)',
-        "TracingError",
-        "the argument 'double' steers what forward does, so surgery fixed it at False; "
-        "got True\n"
-        "  for example: insert_grl(model, ..., example_inputs={..., 'double': value}) keeps it an "
-        "argument",
+        "the point input -> 0.fc lies inside a forward that cannot be traced: the forward of '0' "
+        "(DrawsInPython) cannot be traced: it draws random numbers in Python, which a graph would freeze\n"
+        "  for example: after='block', the path of a module: what leaves a module needs no trace",
         "Networks",
     ),
     BadInput(
@@ -628,10 +622,11 @@ TABLE = [
         "Heads",
     ),
     BadInput(
-        'gs.attach_domain_head(model, "stage1", pool="max", example_inputs=x)',
+        'gs.attach_domain_head(model, "stage1", pool="median", example_inputs=x)',
         "SurgeryError",
-        "pool='max' is not known\n"
-        "  nearest: auto, none, class_token, nc, nlc, ncl, nchw, nhwc, ncthw, nthwc\n"
+        "pool='median' is not known\n"
+        "  nearest: auto, none, class_token, mean, max, attention, statistics, last, nc, nlc, ncl, lnc, "
+        "nchw, nhwc, ncthw, nthwc, ncdhw, ndhwc\n"
         "  for example: pool='auto'",
         "Heads",
     ),
@@ -1075,8 +1070,8 @@ TABLE = [
         "2",
         "error: 'resnet18' does not say where the model comes from\n"
         "  nearest: timm/resnet18, torchvision/resnet18\n"
-        "  for example: timm/resnet50, torchvision/resnet50, package.module:factory or "
-        "file.py:factory",
+        "  for example: timm/resnet50, torchvision/resnet50, transformers/BertModel, "
+        "package.module:factory or file.py:factory",
         "The command line",
     ),
     BadInput(

@@ -60,7 +60,7 @@ class ByHand(nn.Module):
             feature = self.seen[path]
             feature.register_hook(lambda gradient: -COEFF * gradient)
             logits.append(head.classifier(feature))
-        return (output, *logits)
+        return {**output, "image_domain_logits": logits[0], "box_domain_logits": logits[1]}
 
 
 def test_an_adaptive_faster_rcnn_has_the_gradients_of_one_made_by_hand():

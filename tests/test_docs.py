@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
@@ -49,12 +52,69 @@ def test_the_reference_describes_every_integration(hooks: ModuleType) -> None:
     assert described == modules
 
 
-@pytest.mark.parametrize("name", ["index.md", "quickstart.md"])
-def test_the_translation_has_the_same_blocks(name: str) -> None:
-    assert fenced(DOCS / "zh" / name) == fenced(DOCS / name)
+@pytest.mark.parametrize(
+    ("translation", "original"),
+    [
+        (DOCS / "zh" / "index.md", DOCS / "index.md"),
+        (DOCS / "zh" / "quickstart.md", DOCS / "quickstart.md"),
+        (ROOT / "README.zh.md", ROOT / "README.md"),
+    ],
+    ids=["index", "quickstart", "README"],
+)
+def test_the_translation_has_the_same_blocks(translation: Path, original: Path) -> None:
+    assert fenced(translation) == fenced(original)
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name)
+def outcomes(path: Path) -> dict[str, dict[str, str]]:
+    """The first table of outcomes in a page: by context, by library (its name without "number", "tensor")."""
+    lines = path.read_text("utf-8").splitlines()
+    tables = itertools.groupby(lines, lambda line: line.startswith("|"))
+    rows = next(part for is_table, part in ((k, [*v]) for k, v in tables) if is_table and "LOST" in str(part))
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    plain = lambda cell: re.sub(r"[🟢🔴🟡]|\*\*|: \w+$", "", cell).strip()  # noqa: E731
+    names = [re.sub(r"pasted Function(, number)?$|粘贴的 Function$", "pasted", name) for name in cells[0]]
+    return {row[0]: dict(zip(names[1:], map(plain, row[1:]), strict=True)) for row in cells[2:]}
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        ROOT / "README.md",
+        ROOT / "README.zh.md",
+        DOCS / "index.md",
+        DOCS / "zh" / "index.md",
+        DOCS / "comparison.md",
+    ],
+    ids=lambda page: page.relative_to(ROOT).as_posix(),
+)
+def test_tables_that_compare_libraries_repeat_what_was_measured(page: Path) -> None:
+    measured, shown = outcomes(DOCS / "why.md"), outcomes(page)
+    for context, row in shown.items():
+        assert row == {library: measured[context][library] for library in row}, context
+
+
+def test_the_badges_say_what_the_project_and_the_ledger_say() -> None:
+    command = [sys.executable, str(DOCS / "make_badges.py"), "--check"]
+    assert subprocess.run(command, check=False).returncode == 0
+    shown = set(re.findall(r"badges/(\w+)\.svg", (ROOT / "README.md").read_text("utf-8")))
+    assert shown == {path.stem for path in (DOCS / "images" / "badges").glob("*.svg")}
+
+
+def test_outcomes_in_tables_have_a_colour_and_a_sign(hooks: ModuleType) -> None:
+    row = '<tr><td>eager</td><td><strong>LOST</strong></td><td style="x">reversed</td><td>error: X</td></tr>'
+    html = hooks.on_page_content(
+        f"<table>{row}</table><table><tr><td>other</td></tr></table>", None, None, None
+    )
+    assert html == (
+        '<table class="outcomes"><tr><td>eager</td>'
+        '<td class="lost"><span aria-hidden="true">✗</span> <strong>LOST</strong></td>'
+        '<td style="x" class="reversed"><span aria-hidden="true">✓</span> reversed</td>'
+        '<td class="error"><span aria-hidden="true">!</span> error: X</td></tr></table>'
+        "<table><tr><td>other</td></tr></table>"
+    )
+
+
+@pytest.mark.parametrize("page", [*PAGES, *sorted(ROOT.glob("*.md"))], ids=lambda p: p.name)
 def test_every_link_to_a_file_leads_to_one(page: Path) -> None:
     prose = re.sub(r"^(`{3,}).*?^\1$", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
     targets = re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", re.sub(r"`[^`\n]*`", "", prose))
@@ -88,3 +148,22 @@ def test_links_out_of_the_docs_lead_to_pages_or_become_text(hooks: ModuleType) -
     assert lead("[a](../../tests/test_docs.py)") == "a"
     assert lead("[a](heads.md#b) ![c](../images/d.png)") == "[a](heads.md#b) ![c](../images/d.png)"
     assert lead("```python no-run\nx\n```") == "```python\nx\n```"
+
+
+def example_sections(text: str, *extensions: str) -> list[str]:
+    """The kinds of sections that griffe finds in the docstring of one function, with these extensions."""
+    griffe = pytest.importorskip("griffe")
+    loaded = griffe.load_extensions(*extensions)
+    code = {"__init__.py": f'def shown():\n    """{text}"""\n'}
+    with griffe.temporary_visited_package("package", code, extensions=loaded) as package:
+        return [section.kind.value for section in package["shown"].docstring.parse("google")]
+
+
+def test_an_example_in_a_docstring_is_code_in_the_reference() -> None:
+    text = "Add.\n\n    Example:\n        >>> 1 + 1\n        2\n    "
+    assert example_sections(text) == ["text", "admonition"]  # what the extension is there for
+    assert example_sections(text, str(DOCS / "griffe_examples.py")) == ["text", "examples"]
+
+
+def test_the_site_reads_examples_with_the_extension() -> None:
+    assert "extensions: [docs/griffe_examples.py]" in (ROOT / "mkdocs.yml").read_text("utf-8")

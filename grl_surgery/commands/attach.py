@@ -8,6 +8,8 @@ import typer
 
 from grl_surgery.commands.networks import (
     check_can_be_cut,
+    check_output,
+    check_places,
     load,
     write,
 )
@@ -40,10 +42,12 @@ def attach(
     checkpoint: Checkpoint = None,
 ) -> None:
     """Attach a domain head behind a reversal and print it; -o writes the result."""
-    from grl_surgery.attaching import attach_domain_head
-
+    check_places(model, [after], None, None, coeff)
+    check_output(output)
     loaded = load(model, pretrained, checkpoint, input_size, batch, made_from=made_from)
     check_can_be_cut(loaded)
+    from grl_surgery.attaching import attach_domain_head
+
     with working("Attaching"):
         spliced = attach_domain_head(
             loaded.module,

@@ -65,7 +65,7 @@ def doctor(
     else:
         stdout().print(diagnosis)
         _annotate(diagnosis)
-    raise typer.Exit(0 if diagnosis.ok else FAILED)
+    raise typer.Exit(0 if diagnosis.ok or not diagnosis.findings else FAILED)
 
 
 @contextlib.contextmanager
@@ -82,7 +82,7 @@ def _progress() -> Iterator[Callable[[str], None]]:
 
 def _annotate(diagnosis: Diagnosis) -> None:
     """Mark the lines of the reversals that are lost in a pull request, where GitHub runs this."""
-    if os.environ.get("GITHUB_ACTIONS") != "true" or diagnosis.ok:
+    if os.environ.get("GITHUB_ACTIONS") != "true" or diagnosis.ok or not diagnosis.findings:
         return
     for row in diagnosis.findings:
         file, _, line = (row.source or "").rpartition(":")

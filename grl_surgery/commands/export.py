@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from grl_surgery.commands.networks import (
+    check_output,
     load,
     write,
 )
@@ -45,6 +46,7 @@ def export(
     checkpoint: Checkpoint = None,
 ) -> None:
     """Write a network, spliced or not, in another format."""
+    check_output(output)
     loaded = load(model, pretrained, checkpoint, input_size, batch, made_from=made_from)
     purpose = "inference" if inference else None
     write(loaded.module, output, loaded, purpose=purpose, heads=heads or None, dynamic=not static)

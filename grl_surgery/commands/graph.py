@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,6 +18,7 @@ from grl_surgery import points
 from grl_surgery.commands.networks import (
     INPUTS,
     check_can_be_cut,
+    check_places,
     load,
     run,
     splice,
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
 
     from grl_surgery.model_graph import ModelGraph
     from grl_surgery.models import LoadedModel
+    from grl_surgery.points import GraphNode
 
 __all__ = ["print_graph"]
 
@@ -112,10 +116,10 @@ def print_graph(
 
     With --after, --before or --edge, the network is shown with reversals there.
     """
-    from grl_surgery.drawing import without
-
     _check_one_view(output=output, open_in=open_in, json=as_json, edges=edges)
     write = _writer(output) if output is not None else None
+    if after or before or edge:
+        check_places(model, after, before, edge)
     loaded = load(model, pretrained, checkpoint, input_size, batch, made_from=made_from)
     if after or before or edge:
         check_can_be_cut(loaded)
@@ -135,6 +139,8 @@ def print_graph(
     if find:
         graphs = [_found(graphs, find)]
     elif not (everything or as_json):
+        from grl_surgery.drawing import without
+
         graphs[-1] = without(whole, sizes)
     if write:
         write(graphs[-1])
@@ -280,15 +286,31 @@ def _found(graphs: Sequence[ModelGraph], wanted: str) -> ModelGraph:
         )
     ]
     if not found:
-        names = [node.name for node in nodes]
-        near = points.near_names(wanted, [*names, *(node.type for node in nodes)])
-        raise PointNotFoundError(f"{wanted!r} matches none of the {len(names)} points", choices=near)
+        near = _near(wanted, nodes)
+        raise PointNotFoundError(
+            f"{wanted!r} matches none of the {len(nodes)} points",
+            choices=near,
+            example=f"--find {shlex.quote(near[0])}" if near else None,
+        )
     kept = {node.name for node in found}
     edges: dict[points.Edge, None] = {}
     for graph in reversed(graphs):  # less deep graphs add the edges of the modules that deeper ones look into
         edges |= dict.fromkeys(edge for edge in graph.edges if {edge.source, edge.target} & kept)
         kept -= {node.name for node in graph.nodes}
     return replace(graphs[-1], nodes=tuple(found), edges=tuple(edges), blocks=())
+
+
+def _near(wanted: str, nodes: Sequence[GraphNode], n: int = 5) -> list[str]:
+    """Names, parts of names and types that are spelt like what was looked for, best first."""
+    spelt: dict[str, str] = {}
+    for word in (
+        word for node in nodes for word in (node.name, *re.split(r"[.#\[\]]", node.name), node.type)
+    ):
+        if word and not word.isdigit():
+            spelt.setdefault(word.lower(), word)
+    text = re.sub(r"^(?:glob|re):|[*?^$]", "", wanted).strip(".").lower()
+    close = difflib.get_close_matches(text, spelt, n=n, cutoff=0.5)
+    return [spelt[word] for word in close]
 
 
 def _edge_lines(graph: ModelGraph) -> list[str]:
@@ -305,6 +327,6 @@ def _print_tree(loaded: LoadedModel, graphs: Sequence[ModelGraph], hidden: int) 
     elements = sum(parameter.numel() for parameter in model.parameters())
     mode = "train" if model.training else "eval"
     say.out(f"{loaded.source}: {graphs[-1].name}, {elements:,} parameters, {mode} mode\n", highlight=False)
-    say.print(GraphTree(graphs[-1], graphs[:-1]))
+    say.print(GraphTree(graphs[-1], graphs[:-1]), crop=False)
     if hidden:
         say.out(f"\n{hidden} more with --all: operations on sizes, unused arguments", highlight=False)

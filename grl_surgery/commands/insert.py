@@ -10,6 +10,8 @@ from rich.text import Text
 from grl_surgery import points
 from grl_surgery.commands.networks import (
     check_can_be_cut,
+    check_output,
+    check_places,
     load,
     splice,
     write,
@@ -57,6 +59,8 @@ def insert(
     """Splice reversals in and print where they are; -o writes the result."""
     if dry_run and output is not None:
         raise SurgeryError("--dry-run writes nothing, so --output would do nothing: give one of them")
+    check_places(model, after, before, edge, coeff)
+    check_output(output)
     loaded = load(model, pretrained, checkpoint, input_size, batch, made_from=made_from)
     check_can_be_cut(loaded)
     with working("Splicing"):
@@ -72,17 +76,20 @@ def insert(
 def _print_reversals(loaded: LoadedModel, spliced: nn.Module) -> None:
     """Every reversal with its place, its coefficient, and the edges on which it reverses the gradient."""
     from grl_surgery.drawing import reversed_edges, spliced_parts
+    from grl_surgery.spliced_module import surgery_of
 
     say = stdout()
     parts = spliced_parts(spliced)
-    count = sum(len(part.grl_surgery.cuts) for part in parts.values())
+    done = {path: surgery_of(part) for path, part in parts.items()}
+    count = sum(len(surgery.cuts) for surgery in done.values() if surgery)
     say.out(
         f"{loaded.source}: {type(loaded.module).__name__} with {count} reversal{'s' if count > 1 else ''}",
         highlight=False,
     )
     for path, part in parts.items():
         prefix = f"{points.escape(path)}." if path else ""
-        for cut in part.grl_surgery.cuts:
+        surgery = done[path]
+        for cut in surgery.cuts if surgery else ():
             coeff = float(part.get_submodule(cut.module).coeff)  # type: ignore[arg-type]
             name = f"{path}.{cut.module}" if path else cut.module
             say.out(f"\n{name}  {cut.within(path)}, coeff {coeff:g}", highlight=False)
@@ -92,8 +99,14 @@ def _print_reversals(loaded: LoadedModel, spliced: nn.Module) -> None:
 
 def _print_diff(spliced: nn.Module) -> None:
     from grl_surgery.drawing import forward_diff, spliced_parts
+    from grl_surgery.spliced_module import SplicedModule, surgery_of
 
     styles = {"+": "green", "-": "red", "@": "cyan"}
     for path, part in spliced_parts(spliced).items():
-        for line in forward_diff(part, path or type(part).__name__).splitlines():
-            stdout().print(Text(line, styles.get(line[:1], "")), soft_wrap=True)
+        surgery = surgery_of(part)
+        for cut in surgery.cuts if surgery else ():
+            if surgery and cut.module in surgery.hooked:
+                stdout().print(f"+ {cut.module}: {cut.within(path)}, at the module's call", style="green")
+        if isinstance(part, SplicedModule):
+            for line in forward_diff(part, path or type(part).__name__).splitlines():
+                stdout().print(Text(line, styles.get(line[:1], "")), soft_wrap=True)

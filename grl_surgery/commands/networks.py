@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
 __all__ = [
     "INPUTS",
     "check_can_be_cut",
+    "check_output",
+    "check_places",
     "is_exported",
     "load",
     "parse_edge",
@@ -51,12 +56,24 @@ def load(
         if is_exported(source):
             loaded = _from_file(source, made_from, pretrained or checkpoint is not None)
         else:
-            loaded = load_model(source, pretrained=pretrained, checkpoint=checkpoint)
+            with _arguments_of(source):
+                loaded = load_model(source, pretrained=pretrained, checkpoint=checkpoint)
     if size is None:
         return loaded
     weight = next((p for p in loaded.module.parameters() if p.is_floating_point()), torch.empty(0))
     images = torch.randn(batch, *size, generator=torch.Generator().manual_seed(seed))
     return replace(loaded, example_inputs=(images.to(weight.device, weight.dtype),))
+
+
+@contextlib.contextmanager
+def _arguments_of(source: str) -> Iterator[None]:
+    """While a script is imported, ``sys.argv`` is its own: scripts parse it at their top."""
+    before = sys.argv
+    sys.argv = [source.rpartition(":")[0] or source]
+    try:
+        yield
+    finally:
+        sys.argv = before
 
 
 def _check_options(source: str, made_from: str | None, seed: int) -> None:
@@ -68,6 +85,48 @@ def _check_options(source: str, made_from: str | None, seed: int) -> None:
         )
     if not -(2**63) <= seed < 2**64:
         raise SurgeryError(f"--seed {seed} has more than 64 bits", example="--seed 0")
+
+
+def check_places(
+    source: str,
+    after: list[str] | None,
+    before: list[str] | None,
+    edge: list[str] | None,
+    coeff: float | None = None,
+    *,
+    may_have_reversals: bool = False,
+) -> None:
+    """Refuse what no network could make right, before torch and the network's library are imported.
+
+    Args:
+        source: What the network is made from.
+        after: Points named with --after.
+        before: Points named with --before.
+        edge: Edges named with --edge.
+        coeff: The coefficient asked for, if one was.
+        may_have_reversals: Whether the command also takes a network that has reversals, without a place.
+
+    Raises:
+        SurgeryError: No place is named, an edge is none, or the coefficient is negative or not finite.
+    """
+    from_a_library = re.match(r"(timm|torchvision)/", source) is not None
+    if not (after or before or edge) and (from_a_library or not may_have_reversals):
+        raise _no_place()
+    for line in edge or ():
+        parse_edge(line)
+    if coeff is not None and not 0 <= coeff < float("inf"):
+        raise SurgeryError(
+            f"coeff is {coeff}; it must be finite and not negative: the gradient is multiplied by -coeff, so "
+            "that a negative one un-reverses it, and infinity or nan destroys it",
+            example="--coeff 0.5",
+        )
+
+
+def _no_place() -> SurgeryError:
+    return SurgeryError(
+        "nothing says where: give --after, --before or --edge",
+        example="--after layer3 ('grl-surgery graph MODEL' lists the points)",
+    )
 
 
 def is_exported(source: str) -> bool:
@@ -95,14 +154,18 @@ def _from_file(path: str, made_from: str | None, has_weights: bool) -> LoadedMod
     return LoadedModel(module, path, inputs)
 
 
+def check_output(output: str | None) -> None:
+    """Refuse what is no name of a file."""
+    if output in ("", "-"):
+        raise SurgeryError(f"--output {output!r} is no name of a file", example="-o m.safetensors")
+
+
 def write(model: nn.Module, output: str, loaded: LoadedModel, **options: Any) -> None:
     """Export, and say what was written."""
     from pathlib import Path
 
     from grl_surgery.exporting import export
 
-    if output in ("", "-"):
-        raise SurgeryError(f"--output {output!r} is no name of a file", example="-o m.safetensors")
     is_program = output.endswith((".pt2", ".onnx"))
     if not is_program and re.fullmatch(r"(timm|torchvision)/[\w.]+", loaded.source):
         options["source"] = loaded.source
@@ -132,10 +195,7 @@ def splice(
     from grl_surgery.splicing import insert_grl
 
     if not (after or before or edge):
-        raise SurgeryError(
-            "nothing says where: give --after, --before or --edge",
-            example="--after layer3 ('grl-surgery graph MODEL' lists the points)",
-        )
+        raise _no_place()
     insert = functools.partial(insert_grl, coeff=coeff, example_inputs=loaded.example_inputs)
     model = loaded.module
     if after:

@@ -10,6 +10,8 @@ from rich.text import Text
 
 from grl_surgery.commands.networks import (
     check_can_be_cut,
+    check_output,
+    check_places,
     is_exported,
     load,
     run,
@@ -55,14 +57,16 @@ def strip(
 
     Of a MODEL: splice reversals in, take them out again, and show that the network is the one it was.
     """
-    from grl_surgery.splicing import strip as take_out
-
     if is_exported(model) and (after or before or edge):
         raise SurgeryError(
             f"all that was spliced into {model} is taken out: leave out --after, --before and --edge"
         )
+    check_places(model, after, before, edge, may_have_reversals=is_exported(model))
+    check_output(output)
     loaded = load(model, pretrained, checkpoint, input_size, batch, made_from=made_from)
     check_can_be_cut(loaded)
+    from grl_surgery.splicing import strip as take_out
+
     if is_exported(model):
         stripped = take_out(loaded.module)
         tensors, before_it = len(stripped.state_dict()), len(loaded.module.state_dict())

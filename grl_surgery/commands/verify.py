@@ -12,6 +12,7 @@ from rich.text import Text
 from grl_surgery.commands.networks import (
     INPUTS,
     check_can_be_cut,
+    check_places,
     load,
     run,
     spliced_or_as_it_is,
@@ -74,6 +75,7 @@ def verify(
     A model or a file that has reversals already is verified as it is, without --after.
     """
     modes = _modes(model, mode)
+    check_places(model, after, before, edge, coeff, may_have_reversals=True)
     loaded = load(model, pretrained, checkpoint, input_size, batch, seed, made_from)
     if after or before or edge:
         check_can_be_cut(loaded)

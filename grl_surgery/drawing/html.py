@@ -267,9 +267,10 @@ def _figure(picture: Picture | None) -> str:
         for key, text in buttons.items()
     )
     return (
-        f'<section class="graph"><div class="bar"><h2>Graph</h2>{choice}{drawn}</div>'
+        f'<section class="graph"><div class="bar"><h2>Graph</h2>{choice}{drawn}'
+        f'<p class="note">{_HOW}</p></div>'
         f'<div class="sides"><div class="canvas" id="canvas">{picture.svg}</div>'
-        f'<aside id="details" aria-live="polite"><p class="note">{_HOW}</p></aside></div></section>'
+        '<aside id="details" aria-live="polite" hidden></aside></div></section>'
     )
 
 

@@ -183,11 +183,11 @@
     drawn(box).tabIndex = 0;
   }
 
-  function reveal(box) {
+  function reveal(box, focus = true) {
     const closed = above(box).filter((block) => !block.open).reverse();
     closed.forEach(open);
     if (closed.length) redraw();
-    choose(box);
+    choose(box, focus);
     scrollTo(box);
   }
 
@@ -218,7 +218,36 @@
       heading.prepend(sign);
     }
     details.replaceChildren(heading, list);
+    details.hidden = false;
   }
+
+  // What to type for this point, and a button that copies it.
+  function writeCall(name) {
+    const line = Object.assign(document.createElement("p"), { className: "call" });
+    const quoted = JSON.stringify(name);
+    const code = Object.assign(document.createElement("code"), { textContent: `after=${quoted}` });
+    const button = Object.assign(document.createElement("button"), { type: "button", textContent: "Copy" });
+    button.setAttribute("aria-label", `Copy after=${quoted}`);
+    button.addEventListener("click", () => copy(code, button));
+    line.append(code, button);
+    details.append(line);
+  }
+
+  async function copy(code, button) {
+    try {
+      await navigator.clipboard.writeText(code.textContent);
+    } catch {  // no clipboard for a page from a disk in this browser: the selection serves instead
+      getSelection().selectAllChildren(code);
+      document.execCommand("copy");
+    }
+    button.textContent = "Copied";
+  }
+
+  function leave() {
+    if (chosen) describe(chosen); else details.hidden = true;
+  }
+
+  const isPoint = (box) => !["output", "reversal", "head"].includes(box.kind);
 
   function describe(box) {
     const [kind, predicted, measured, factor] = box.marks[view] || [];
@@ -228,6 +257,7 @@
       facts.push(["predicted", predicted], ["measured", measured || none], ["gradient ×", factor]);
     }
     write(box.name, facts, kind);
+    if (isPoint(box)) writeCall(box.name);
   }
 
   function describeLine(line) {
@@ -276,7 +306,12 @@
     // On the canvas: an SVG element that listens to the focus takes it.
     canvas.addEventListener("click", (event) => {
       const box = boxOf(event.target);
-      if (!box) return;
+      if (!box) {
+        if (chosen) drawn(chosen).classList.remove("chosen");
+        chosen = null;
+        leave();
+        return;
+      }
       choose(box);
       if (!box.open || event.target.closest(".title")) toggle(box);
     });
@@ -284,7 +319,10 @@
       const line = event.target.closest(".line"), box = boxOf(event.target);
       if (line) describeLine(lines[Number(line.id.slice(1))]); else if (box) describe(box);
     });
-    canvas.addEventListener("pointerleave", () => { if (chosen) describe(chosen); });
+    canvas.addEventListener("pointerleave", (event) => {
+      if (!details.contains(event.relatedTarget)) leave();
+    });
+    details.addEventListener("pointerleave", leave);
     canvas.addEventListener("focusin", (event) => {
       const box = boxOf(event.target);
       if (box && box !== chosen) choose(box, false);
@@ -325,6 +363,7 @@
 
   const body = table.tBodies[0], rows = [...body.rows];
   const texts = rows.map((row) => row.textContent.toLowerCase());
+  let hits = [], hit = -1;
 
   function fits(text) {
     return words.every((word) => text.includes(word));
@@ -344,9 +383,21 @@
     words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
     let count = 0;
     rows.forEach((row, i) => { row.hidden = !fits(texts[i]); count += !row.hidden; });
-    byId("found").textContent = `${count} of ${rows.length}`;
-    hitsInside = new Set(boxes.filter(isHit).flatMap(above));
+    const out = rows.length - count;
+    hits = boxes.filter(isHit);
+    hit = -1;
+    const parts = [`${count} of ${rows.length}`, out ? `${out} left out` : ""];
+    if (picture && words.length) parts.push(`${hits.length} in the picture${hits.length ? " (Enter: next)" : ""}`);
+    byId("found").textContent = parts.filter(Boolean).join(", ");
+    hitsInside = new Set(hits.flatMap(above));
     boxes.forEach(mark);
+  }
+
+  // Shows the next box that the search has found, also inside of blocks that were closed.
+  function nextHit(step) {
+    if (!hits.length) return;
+    hit = (Math.max(hit, step > 0 ? -1 : 0) + step + hits.length) % hits.length;
+    reveal(hits[hit], false);
   }
 
   function sort(heading) {
@@ -365,6 +416,7 @@
   search.addEventListener("input", find);
   search.addEventListener("keydown", (event) => {
     if (event.key === "Escape") { search.value = ""; find(); }
+    if (event.key === "Enter") { event.preventDefault(); nextHit(event.shiftKey ? -1 : 1); }
   });
   table.tHead.addEventListener("click", (event) => {
     const heading = event.target.closest("th");

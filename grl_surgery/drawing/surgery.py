@@ -11,18 +11,20 @@ from torch import fx, nn
 from grl_surgery.cutting import apply_cuts, modules_to_open
 from grl_surgery.links import links
 from grl_surgery.points import Edge
-from grl_surgery.spliced_module import Cut, SplicedModule, taken_apart
+from grl_surgery.spliced_module import Cut, SplicedModule, disassemble, surgery_of
 
 __all__ = ["forward_diff", "reversed_edges", "spliced_parts"]
 
 
-def spliced_parts(model: nn.Module) -> dict[str, SplicedModule]:
-    """The modules of a network that are graphs with something spliced in, by path; the root's is ``""``."""
-    return {path: part for path, part in model.named_modules() if isinstance(part, SplicedModule)}
+def spliced_parts(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a network that something was spliced into, by path; the root's is ``""``."""
+    return {path: part for path, part in model.named_modules() if surgery_of(part)}
 
 
-def reversed_edges(part: SplicedModule, cut: Cut) -> list[Edge]:
+def reversed_edges(part: nn.Module, cut: Cut) -> list[Edge]:
     """The edges of the original's graph, in its present mode, whose gradient one cut reverses.
+
+    A cut at the call of a module is in no graph and has none.
 
     Example:
         >>> from grl_surgery.splicing import insert_grl
@@ -30,6 +32,8 @@ def reversed_edges(part: SplicedModule, cut: Cut) -> list[Edge]:
         >>> [str(edge) for edge in reversed_edges(spliced, spliced.grl_surgery.cuts[0])]
         ['0 -> 1']
     """
+    if not isinstance(part, SplicedModule) or cut not in part.grl_surgery.in_graph:
+        return []
     calls = [node for node in part.graph.nodes if node.op == "call_module" and node.target == cut.module]
     return [
         Edge(source.meta.get("point", str(cut.at)), target)
@@ -57,8 +61,8 @@ def forward_diff(part: SplicedModule, name: str = "forward") -> str:
         >>> print(forward_diff(spliced).splitlines()[-3])
         +    grl_0 = self.grl_0(_0)
     """
-    (original, _), done = taken_apart(part), part.grl_surgery
-    plain = apply_cuts(original, [], opened=modules_to_open(original, done.cuts), given=done.arguments)
+    original, _, _ = disassemble(part)
+    plain = apply_cuts(original, [], opened=modules_to_open(original, part.grl_surgery.in_graph))
     flags = tuple(original.get_submodule(path).training for path in plain.steering)
     before = plain.graphs.get(flags) or next(iter(plain.graphs.values()))
     lines = difflib.unified_diff(

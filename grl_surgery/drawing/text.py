@@ -21,8 +21,8 @@ __all__ = ["GraphTree", "Row", "graph_text"]
 class GraphTree:
     """A graph to be printed with rich: one line for each point, nested by module, in aligned columns.
 
-    No line is wrapped. Where the console is too narrow, types are shortened, and names only if that is not
-    enough.
+    No line is wrapped here. Names are always whole, so that they can be copied; where the console is too
+    narrow, types lose their end.
 
     Example:
         >>> from torch import nn
@@ -87,7 +87,7 @@ class Row:
 def graph_text(tree: GraphTree, width: int = 100) -> str:
     """The tree as plain text in ``width`` columns."""
     console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
-    console.print(tree)
+    console.print(tree, crop=False)
     return console.file.getvalue().rstrip("\n")  # type: ignore[attr-defined, no-any-return]
 
 
@@ -164,25 +164,20 @@ def _name_style(row: Row) -> str:
 
 _GAP = 2
 _LEAST_TYPE = 10
-_LEAST_POINT = 12
 
 
 def _fit(widths: Sequence[int], total: int) -> list[int]:
-    """Column widths that fit: types give way first, then points."""
+    """Column widths that fit where types can give way far enough."""
     point, kind, *rest = widths
-    excess = sum(widths) + _GAP * (len(widths) - 1) - total
-    narrower = min(kind, max(_LEAST_TYPE, kind - max(0, excess)))
-    excess -= kind - narrower
-    return [min(point, max(_LEAST_POINT, point - max(0, excess))), narrower, *rest]
+    excess = max(0, sum(widths) + _GAP * (len(widths) - 1) - total)
+    return [point, min(kind, max(_LEAST_TYPE, kind - excess)), *rest]
 
 
 def _shorten(text: str, width: int, ellipsis: str) -> str:
-    """``text`` with its middle left out where it is wider than ``width``."""
+    """``text`` without its end where it is wider than ``width``."""
     if cell_len(text) <= width:
         return text
-    kept = width - len(ellipsis)
-    end = text[-(kept // 2) :] if kept > 1 else ""
-    return set_cell_size(text, kept - cell_len(end)) + ellipsis + end
+    return set_cell_size(text, width - len(ellipsis)) + ellipsis
 
 
 def _line(cells: Sequence[str], widths: Sequence[int], styles: Sequence[str]) -> Text:
