@@ -1,19 +1,17 @@
-"""Calls in a traced forward that torch.fx does not record: an autograd.Function, ``torch.ones(n, 6)``."""
+"""Calls in a traced forward that torch.fx does not record: an autograd.Function, ``torch.as_tensor(n)``, ``x[:n]``."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import operator
 from collections.abc import Callable, Iterator
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-__all__ = ["MAKERS", "UNSEEN", "FunctionCall", "function_classes", "functions_kept", "traced_in"]
+__all__ = ["UNSEEN", "FunctionCall", "function_classes", "functions_kept", "traced_in"]
 
 
 class FunctionCall:
@@ -93,35 +91,8 @@ def traced_in(values: Any) -> fx.Proxy | None:
     return found[-1]  # type: ignore[no-any-return]
 
 
-def _sized(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of sizes, which takes traced ones as a tuple only: ``torch.ones((n, 6))``."""
-
-    @functools.wraps(function)
-    def make(*sizes: Any, **kwargs: Any) -> Any:
-        packed = sizes if len(sizes) == 1 or traced_in(sizes) is None else (sizes,)
-        return function(*packed, **kwargs)
-
-    return make
-
-
-_MADE_BY = {f: _sized(f) for f in (torch.empty, torch.ones, torch.rand, torch.randn, torch.zeros)}
-
 UNSEEN: dict[Any, Any] = {
     **{function: function for function in (torch.as_tensor, torch.asarray, torch.tensor)},
     torch.Tensor.__getitem__: operator.getitem,
 }
 """What to record for functions that miss a traced value in what they are given, as the ``n`` in ``x[:n]``."""
-
-
-class _Torch(ModuleType):
-    """Torch, as files of the network see it while it is traced; torch itself keeps lists of its functions."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
-
-
-MAKERS: dict[Any, Any] = {torch: _Torch("torch", torch.__doc__), **_MADE_BY}
-"""What stands for torch and for those of its functions that a file may have imported by their names."""
-
-for _function, _maker in _MADE_BY.items():
-    setattr(MAKERS[torch], _function.__name__, _maker)

@@ -258,7 +258,6 @@ class Tracer(fx.Tracer):
             return super().getattr(attr, attr_val, parameter_proxy_cache)
         if name not in parameter_proxy_cache:
             node = self.create_node("get_attr", name, (), {})
-            node.meta["kind"] = type(attr_val)
             parameter_proxy_cache[name] = Stored(node, self, attr_val)
         return parameter_proxy_cache[name]
 
