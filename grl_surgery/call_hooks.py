@@ -138,7 +138,7 @@ class RememberOutput(RecordingHook):
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         """Keep the tensors of the output until the network's forward is through."""
-        self.record.values().setdefault(self.name, []).extend(tensors_in(pick(output, self.items)))
+        self.record.remember(self.name, pick(output, self.items))
 
 
 class ReverseEdge(RecordingHook):
@@ -195,6 +195,19 @@ class CallRecord:
     def values(self) -> dict[str, list[Any]]:
         """What the call that runs in this thread has recorded so far, by name."""
         return self.calls.setdefault(_thread(), {})
+
+    def remember(self, name: str, value: Any) -> None:
+        """Keep the tensors of a value themselves, to know them again where an edge ends."""
+        self.values().setdefault(name, []).extend(tensors_in(value))
+
+    def keep_for_head(self, name: str, value: Any) -> None:
+        """Keep a copy of a value, which the forward may overwrite, for a head that is called at the end.
+
+        Where no call of the network runs, somebody calls a part of it, or a checkpointed part runs again.
+        """
+        if self.is_open():
+            kept = value.clone() if isinstance(value, torch.Tensor) else value
+            self.values().setdefault(name, []).append(kept)
 
     def forwards(self) -> list[Any]:
         """What counts the operations of the forwards that run in this thread, the innermost last."""
@@ -257,10 +270,7 @@ class TapOutput(RecordingHook):
                 f"torch.fx traces past the head that reads {self.name!r}: it calls forward, not the network",
                 example="torch.export.export(m, inputs); or gs.graph(m)",
             )
-        if not self.record.is_open():
-            return  # somebody calls a part of the network, or a checkpointed part runs again
-        kept = value.clone() if isinstance(value, torch.Tensor) else value
-        self.record.values().setdefault(self.name, []).append(kept)
+        self.record.keep_for_head(self.name, value)
 
 
 class CallHeads(RecordingHook):

@@ -11,8 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import logging
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from grl_surgery.generators import random_state_kept
 from grl_surgery.loading.inputs import as_arguments
+from grl_surgery.model_graph import quiet
 from grl_surgery.other_tensors import clone, with_tensors
 from grl_surgery.points import escape, split_items, split_number
 from grl_surgery.python_state import python_state_kept
@@ -239,7 +238,7 @@ def _look(base: nn.Module, point: str, inputs: Any, *, sizes_only: bool = False)
     with (
         random_state_kept(),
         python_state_kept(dict(base.named_modules())),
-        _quiet(),
+        quiet(),
         torch.enable_grad(),  # without gradients, transformers of torch take another way inside
     ):
         for training in (False, True):  # one mode may lack the point
@@ -251,19 +250,6 @@ def _look(base: nn.Module, point: str, inputs: Any, *, sizes_only: bool = False)
             if seen.shape is not None:
                 break
     return seen
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without warnings, and without the tracebacks that torch logs of what fails, which is caught here."""
-    log = logging.getLogger(FakeTensorMode.__module__)
-    before, log.disabled = log.disabled, True
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.disabled = before
 
 
 def _without_data(mode: FakeTensorMode, tensor: Tensor) -> Tensor:

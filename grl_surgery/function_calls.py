@@ -1,4 +1,4 @@
-"""Calls in a traced forward that torch.fx does not record: an autograd.Function, ``torch.as_tensor(n)``, ``x[:n]``."""
+"""Calls in a traced forward that torch.fx does not record: an autograd.Function, ``torch.as_tensor(n)``."""
 
 from __future__ import annotations
 

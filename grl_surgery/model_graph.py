@@ -36,7 +36,7 @@ from grl_surgery.trace_copy import has_forward, is_building_block
 from grl_surgery.tracer import operation
 from grl_surgery.tracing import Trace, module_paths, trace
 
-__all__ = ["ModelGraph", "bind_inputs", "describe", "edges_into", "graph_of"]
+__all__ = ["ModelGraph", "bind_inputs", "describe", "edges_into", "graph_of", "quiet"]
 
 
 @dataclass(frozen=True)
@@ -480,12 +480,12 @@ def check_runs(module: nn.Module, shapes: Sequence[tuple[int, ...]]) -> None:
 @contextlib.contextmanager
 def _nothing_kept(model: nn.Module) -> Iterator[None]:
     """What runs leaves nothing behind: no graph, no warning, nothing in a cache of the model's code."""
-    with random_state_kept(), python_state_kept(dict(model.named_modules())), _quiet(), torch.no_grad():
+    with random_state_kept(), python_state_kept(dict(model.named_modules())), quiet(), torch.no_grad():
         yield
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without torch's warnings and the tracebacks that it logs of what fails, which is caught here."""
     log = logging.getLogger(FakeTensorMode.__module__)
     before, log.disabled = log.disabled, True

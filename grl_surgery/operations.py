@@ -16,7 +16,6 @@ from torch.overrides import TorchFunctionMode
 
 from grl_surgery.call_hooks import CallHook, CallRecord, RecordingHook
 from grl_surgery.errors import SurgeryError
-from grl_surgery.nested import tensors_in
 from grl_surgery.opaque import pick, reverse_each
 from grl_surgery.trace_copy import has_forward
 
@@ -156,17 +155,14 @@ class _Operations(TorchFunctionMode):
                 args, kwargs = self.reversed_on_edge(cut, args, kwargs)
         value = function(*args, **kwargs)
         for cut in cuts:  # heads first, as they have reversals of their own
-            if cut.kind == "tap" and self.record.is_open():
-                picked = pick(value, cut.items)
-                kept = self.record.values().setdefault(cut.record, [])
-                kept.append(picked.clone() if isinstance(picked, torch.Tensor) else picked)
+            if cut.kind == "tap":
+                self.record.keep_for_head(cut.record, pick(value, cut.items))
         for cut in cuts:
             if cut.kind == "after":
                 value = reverse_each(cut.spliced, value, cut.items)
         for cut in cuts:
             if cut.kind == "remember":
-                kept = self.record.values().setdefault(cut.record, [])
-                kept.extend(tensors_in(pick(value, cut.items)))
+                self.record.remember(cut.record, pick(value, cut.items))
         return value
 
     def reversed_on_edge(self, cut: OperationCut, args: Any, kwargs: Any) -> tuple[Any, Any]:

@@ -25,6 +25,7 @@ import torch
 
 from grl_surgery.errors import SurgeryError, one_line
 from grl_surgery.loading.libraries import LIBRARIES
+from grl_surgery.zoo.ledger import replace_text
 
 __all__ = [
     "NetworkRow",
@@ -231,10 +232,7 @@ def read_network_rows(path: str | os.PathLike[str]) -> dict[str, NetworkRow]:
 
 def write_network_rows(path: str | os.PathLike[str], rows: Iterable[NetworkRow]) -> None:
     """Write a ledger anew, sorted by name; outcomes that are ``ok`` are counted, the others kept."""
-    file = Path(path)
-    beside = file.with_name(f".{file.name}.new")
-    beside.write_text("".join(map(line_of, sorted(rows, key=lambda row: row.name))), "utf-8")
-    beside.replace(file)
+    replace_text(path, "".join(map(line_of, sorted(rows, key=lambda row: row.name))))
 
 
 def line_of(row: NetworkRow) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from grl_surgery.errors import SurgeryError
 
-__all__ = ["NotProved", "Row", "add_row", "read_rows", "write_rows"]
+__all__ = ["NotProved", "Row", "add_row", "read_rows", "replace_text", "write_rows"]
 
 
 class NotProved(Exception):
@@ -87,9 +87,14 @@ def add_row(path: str | os.PathLike[str], row: Row) -> None:
 
 def write_rows(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
     """Write a ledger anew, sorted by name, one row a network."""
+    replace_text(path, "".join(map(_line, sorted(rows, key=lambda row: row.name))))
+
+
+def replace_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a file beside the old one, and then in its place."""
     file = Path(path)
     beside = file.with_name(f".{file.name}.new")
-    beside.write_text("".join(map(_line, sorted(rows, key=lambda row: row.name))), "utf-8")
+    beside.write_text(text, "utf-8")
     beside.replace(file)
 
 
