@@ -157,29 +157,14 @@ class ReverseEdge(RecordingHook):
         Raises:
             SurgeryError: None of them is.
         """
-        remembered = self.record.values().get(self.name, [])
-        found = 0
-
-        def changed(value: Any, place: str) -> Any:
-            nonlocal found
-            if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
-                return type(value)([changed(item, f"{place}[{n}]") for n, item in enumerate(value)])
-            if not isinstance(value, torch.Tensor) or not any(value is known for known in remembered):
-                return value
-            if self.argument and self.argument != place:
-                return value
-            found += 1
-            return self.spliced[0](value)
-
-        new_args = tuple(changed(value, str(place)) for place, value in enumerate(args))
-        new_kwargs = {name: changed(value, name) for name, value in kwargs.items()}
+        changed, found = self.record.reverse(self.name, self.spliced[0], args, kwargs, self.argument)
         if not found:
             raise SurgeryError(
                 f"{self.target!r} was not called with the output of {self.source!r} itself, so the reversal "
                 "on that edge reverses nothing",
                 example=f"before={self.target!r}, or after={self.source!r}",
             )
-        return new_args, new_kwargs
+        return changed
 
 
 # ------------------------------------------------------------------------------------------------- heads
@@ -208,6 +193,35 @@ class CallRecord:
         if self.is_open():
             kept = value.clone() if isinstance(value, torch.Tensor) else value
             self.values().setdefault(name, []).append(kept)
+
+    def reverse(
+        self, name: str, layer: nn.Module, args: Any, kwargs: Any, argument: str = ""
+    ) -> tuple[tuple[Any, Any], int]:
+        """The arguments of a call, those reversed that are a remembered value itself, and how many were.
+
+        Args:
+            name: Under which name the value was remembered.
+            layer: The reversal.
+            args: By position; lists and tuples are looked into.
+            kwargs: By name.
+            argument: Which argument is meant: ``"0"``, ``"mask"``, ``"0[1]"``; any where it is empty.
+        """
+        remembered = self.values().get(name, [])
+        found = 0
+
+        def changed(value: Any, place: str) -> Any:
+            nonlocal found
+            if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+                return type(value)([changed(item, f"{place}[{n}]") for n, item in enumerate(value)])
+            if not isinstance(value, torch.Tensor) or not any(value is known for known in remembered):
+                return value
+            if argument and argument != place:
+                return value
+            found += 1
+            return layer(value)
+
+        new_args = tuple(changed(value, str(place)) for place, value in enumerate(args))
+        return (new_args, {key: changed(value, key) for key, value in kwargs.items()}), found
 
     def forwards(self) -> list[Any]:
         """What counts the operations of the forwards that run in this thread, the innermost last."""

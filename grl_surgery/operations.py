@@ -33,6 +33,7 @@ class OperationCut(NamedTuple):
         record: Under which name a value is remembered or handed to a head.
         items: Which item of the value is meant.
         source: For an edge, what the message calls its source.
+        argument: For an edge, which argument of the operation it is; empty where it does not matter.
     """
 
     kind: str
@@ -42,6 +43,7 @@ class OperationCut(NamedTuple):
     record: str = ""
     items: tuple[Any, ...] = ()
     source: str = ""
+    argument: str = ""
 
 
 def operation_name(function: Callable[..., Any]) -> str | None:
@@ -167,26 +169,14 @@ class _Operations(TorchFunctionMode):
 
     def reversed_on_edge(self, cut: OperationCut, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """The arguments, those reversed that are the remembered value itself."""
-        remembered = self.record.values().get(cut.record, [])
-        found = 0
-
-        def changed(value: Any) -> Any:
-            nonlocal found
-            if type(value) in (tuple, list):
-                return type(value)([changed(item) for item in value])
-            if not isinstance(value, torch.Tensor) or not any(value is known for known in remembered):
-                return value
-            found += 1
-            return cut.spliced(value)
-
-        args, kwargs = tuple(map(changed, args)), {name: changed(value) for name, value in kwargs.items()}
+        changed, found = self.record.reverse(cut.record, cut.spliced, args, kwargs, cut.argument)
         if not found:
             raise SurgeryError(
                 f"{cut.name!r} was not given the value of {cut.source!r} itself, so the reversal on that "
                 "edge reverses nothing",
                 example=f"after={cut.source!r}",
             )
-        return args, kwargs
+        return changed
 
 
 class EnterForward(RecordingHook):

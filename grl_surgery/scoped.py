@@ -288,8 +288,8 @@ def _hook_operations(
             whole, items = split_items(point)
             if whole in places:
                 host, name, place = places[whole]
-                source = cut.at.source if isinstance(cut.at, Edge) else ""
-                done = OperationCut(kind, name, place, modules[cut.module], key, items, source)
+                source, argument = (cut.at.source, cut.at.arg) if isinstance(cut.at, Edge) else ("", "")
+                done = OperationCut(kind, name, place, modules[cut.module], key, items, source, argument)
                 by_host.setdefault(host, []).append(done)
     for host, done_there in by_host.items():
         cut_operations(network.get_submodule(host), done_there, record)

@@ -181,6 +181,26 @@ def test_an_operation_that_no_graph_shows_says_why_in_one_example():
         gs.insert_grl(nn.Sequential(Net()), after="0.addmm", example_inputs=X)
 
 
+class Doubled(nn.Module):
+    """Decides by values, and uses one value twice in one operation."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+
+    def forward(self, x):
+        h = self.first(x)
+        return torch.sub(h, h * 1.0) if x.sum() > 1e9 else torch.add(h, h)
+
+
+@pytest.mark.parametrize("argument", ["0", "1"])
+def test_an_edge_that_names_one_of_two_equal_arguments_reverses_that_one(argument):
+    model = Doubled()
+    edge = gs.Edge("first", "add", argument)
+    spliced = gs.insert_grl(model, edge=edge, example_inputs=X)
+    assert not gradient(spliced, X).any()  # plus once and minus once
+
+
 # --------------------------------------------------------------------------------------------- compiled
 
 
