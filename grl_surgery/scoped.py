@@ -228,15 +228,14 @@ _OUTPUT = "output"
 
 
 def _hook_reversal(network: nn.Module, cut: Cut, layer: nn.Module, record: CallRecord) -> None:
-    operations = {point for point, *_ in cut.operations}
-    if isinstance(cut.at, Edge) and cut.at.target in operations:
+    if isinstance(cut.at, Edge) and cut.is_at_operation(cut.at.target):
         return
     if isinstance(cut.at, Edge):
         target, _ = _module_at(network, cut.at.target)
         _refuse_overwriting(target, cut)
         hook = ReverseEdge(layer, record, cut.module, cut.at.source, cut.at.target, cut.at.arg)
         target.register_forward_pre_hook(hook, with_kwargs=True)
-    elif split_items(cut.at)[0] in operations:
+    elif cut.is_at_operation(cut.at):
         return
     elif cut.kind == "before" and cut.at != _OUTPUT:
         target, _ = _module_at(network, cut.at)
@@ -251,9 +250,8 @@ def _hook_reversal(network: nn.Module, cut: Cut, layer: nn.Module, record: CallR
 
 def _hook_taps(network: nn.Module, head: Cut, module: nn.Module, record: CallRecord) -> None:
     """Hand the values that a head reads out of the calls of modules."""
-    operations = {point for point, *_ in head.operations}
     for place, name in ((head.at, head.module), (head.condition, f"{head.module}.condition")):
-        if isinstance(place, str) and split_items(place)[0] not in operations:
+        if isinstance(place, str) and not head.is_at_operation(place):
             source, items = _module_at(network, place)
             source.register_forward_hook(TapOutput(module, record, name, items))
 
@@ -261,7 +259,7 @@ def _hook_taps(network: nn.Module, head: Cut, module: nn.Module, record: CallRec
 def _hook_source(network: nn.Module, cut: Cut, layer: nn.Module, record: CallRecord) -> None:
     """Remember what the module returns at which an edge begins."""
     assert isinstance(cut.at, Edge)
-    if split_items(cut.at.source)[0] not in {point for point, *_ in cut.operations}:
+    if not cut.is_at_operation(cut.at.source):
         source, items = _module_at(network, cut.at.source)
         source.register_forward_hook(RememberOutput(layer, record, cut.module, items))
 
@@ -412,9 +410,8 @@ def _check_points(base: nn.Module, cut: Cut, paths: Mapping[str, str], failure: 
         PointNotFoundError: There is no such module, or nobody calls it.
         TracingError: There may be such an operation of the root.
     """
-    operations = {point for point, *_ in cut.operations}
     for end in cut.points:
-        if end == _OUTPUT or end in _arguments(base) or split_items(end)[0] in operations:
+        if end == _OUTPUT or end in _arguments(base) or cut.is_at_operation(end):
             continue
         whole, items = split_items(end)
         name, around = split_number(whole)[0], enclosing(end, paths) or [""]
@@ -522,10 +519,9 @@ def _refuse_ways_past(base: nn.Module, cut: Cut, paths: Mapping[str, str]) -> No
     Raises:
         TracingError: The tree refers to what the module was copied from, or to its forward.
     """
-    operations = {point for point, *_ in cut.operations}
     for end in cut.points:
         path = paths.get(split_items(end)[0])
-        if not path or split_items(end)[0] in operations:
+        if not path or cut.is_at_operation(end):
             continue
         module = base.get_submodule(path)
         way = way_to(base, _is_copy_of(module)) or way_to_forward(base, module)

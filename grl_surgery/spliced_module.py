@@ -22,7 +22,7 @@ from torch.fx.node import map_arg
 from grl_surgery.call_hooks import remove_call_hooks
 from grl_surgery.errors import SurgeryError, TracingError
 from grl_surgery.forward_text import spell_keywords
-from grl_surgery.points import Edge, escape
+from grl_surgery.points import Edge, escape, split_items
 from grl_surgery.reversal import GradientReversal
 from grl_surgery.sharing import COMPILED, ORIGINAL, share_copy
 from grl_surgery.trace_copy import overrides_call
@@ -62,6 +62,10 @@ class Cut:
     def is_head(self) -> bool:
         """Whether it adds logits to what the network returns."""
         return self.kind == "head"
+
+    def is_at_operation(self, point: str) -> bool:
+        """Whether one of its points, or what that is an item of, is an operation that no graph shows."""
+        return split_items(point)[0] in {name for name, *_ in self.operations}
 
     def within(self, path: str) -> Cut:
         """The same cut as a network names it that has this one at ``path``."""

@@ -4,21 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from grl_surgery.loading.libraries import LIBRARIES
 from grl_surgery.models import available
 
 __all__ = ["REGISTRIES", "networks_of"]
 
-REGISTRIES = (
-    "transformers",
-    "monai",
-    "segmentation_models_pytorch",
-    "torchaudio",
-    "speechbrain",
-    "torch_geometric",
-    "diffusers",
-    "open_clip",
-    "ultralytics",
-)
+REGISTRIES = tuple(LIBRARIES)
 
 # Networks that ask for more than small numbers, as `load_model` takes them.
 _WITH_ARGUMENTS = {
