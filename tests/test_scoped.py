@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import grl_surgery as gs
+from grl_surgery.sharing import share_copy
 
 
 class Stage(NamedTuple):
@@ -199,6 +200,85 @@ def test_an_edge_that_names_one_of_two_equal_arguments_reverses_that_one(argumen
     edge = gs.Edge("first", "add", argument)
     spliced = gs.insert_grl(model, edge=edge, example_inputs=X)
     assert not gradient(spliced, X).any()  # plus once and minus once
+
+
+class Sums(nn.Module):
+    """Decides by values, and adds twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        if x.sum() > 1e9:
+            return x
+        h = self.first(x) + x
+        return self.second(h) + h
+
+
+@pytest.mark.parametrize(("point", "signs"), [("add#1", (-1, 1)), ("add#2", (-1, -1))])
+def test_operations_of_one_name_are_told_apart_by_their_order(point, signs):
+    model = Sums()
+    spliced = gs.insert_grl(model, after=point, example_inputs=X)
+    for layer, sign in zip(("first", "second"), signs, strict=True):
+        plain, found = (
+            torch.autograd.grad(net(X).sum(), net.get_submodule(layer).weight)[0] for net in (model, spliced)
+        )
+        assert torch.equal(found, sign * plain), layer
+
+
+class Scaled(nn.Module):
+    """A residual block that does not trace alone, but does when it is called with one argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, x, scale=None):
+        return x + self.fc(x if scale is None else x * scale)
+
+
+class Iterates(nn.Module):
+    """Decides by values, and calls its blocks one by one."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.blocks = nn.Linear(6, 6), nn.Sequential(Scaled(), Scaled())
+
+    def forward(self, x):
+        x = self.first(x) if x.sum() > -1e9 else x
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_a_cut_inside_a_container_whose_items_are_called_one_by_one_is_not_passed_by():
+    model = Iterates()
+    spliced = gs.insert_grl(model, after="blocks.0.add", example_inputs=X)
+    assert torch.equal(gradient(spliced, X), -gradient(model, X))
+
+
+def test_a_copy_that_is_called_inside_a_call_of_the_network_has_a_record_of_its_own():
+    m = gs.attach_domain_head(Net().eval(), after="first", example_inputs=X, hidden=8).eval()
+    twin = share_copy(m)
+    expected = m(X)[1]
+    m.block.register_forward_hook(lambda *_: twin(X) and None)
+    assert torch.equal(m(X)[1], expected)
+
+
+def test_the_logits_are_added_to_a_copy_of_what_the_network_returns():
+    class Keeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.said = nn.Linear(6, 2), {}
+
+        def forward(self, x):
+            self.said["out"] = self.fc(x)
+            return self.said
+
+    m = gs.attach_domain_head(Keeps(), after="fc", example_inputs=X, hidden=8)
+    assert set(m(X)) == {"out", "domain_logits"}
+    assert set(m.said) == {"out"}
 
 
 # --------------------------------------------------------------------------------------------- compiled
