@@ -14,14 +14,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from grl_surgery import schedules
     from grl_surgery.adaptation import validators
     from grl_surgery.adaptation.pairing import paired
     from grl_surgery.adaptation.probing import suggest_points
     from grl_surgery.adaptation.runs import load_run, save_run
-    from grl_surgery.attaching import attach_domain_head
-    from grl_surgery.doctor.adopting import adopt
-    from grl_surgery.doctor.diagnosing import assert_flips, diagnose, find_reversals
+    from grl_surgery.doctor.adopt import adopt
+    from grl_surgery.doctor.diagnose import assert_flips, diagnose, find_reversals
     from grl_surgery.doctor.report import Adoption, Diagnosis
     from grl_surgery.doctor.verdicts import Finding
     from grl_surgery.errors import (
@@ -33,26 +31,25 @@ if TYPE_CHECKING:
         SurgeryError,
         TracingError,
     )
-    from grl_surgery.exporting import export, load
-    from grl_surgery.flip_report import FlipReport, ParameterFlip, ReversalFlip
-    from grl_surgery.heads import DomainClassifier, DomainHead, PatchDomainClassifier
-    from grl_surgery.metrics import AdversarialMetrics, proxy_a_distance
-    from grl_surgery.model_graph import ModelGraph
-    from grl_surgery.model_graph import describe as graph
+    from grl_surgery.graph_data import ModelGraph
+    from grl_surgery.io.export import export, load
+    from grl_surgery.nn.classifiers import DomainClassifier, PatchDomainClassifier
+    from grl_surgery.nn.heads import DomainHead
+    from grl_surgery.nn.pooling import FeaturePool
+    from grl_surgery.nn.reversal import GradientReversal, reversal_disabled, reverse_gradient
     from grl_surgery.points import Edge, GraphNode
-    from grl_surgery.pooling import FeaturePool
-    from grl_surgery.reversal import GradientReversal, reversal_disabled, reverse_gradient
-    from grl_surgery.schedules import CoefficientScheduler
-    from grl_surgery.splicing import graph_module, insert_grl, reversals, strip
-    from grl_surgery.training import (
-        batch_norm_frozen,
-        dann_lr,
-        domain_loss,
-        entropy_weights,
-        param_groups,
-        set_train_mode,
-    )
-    from grl_surgery.verification import verify_flip
+    from grl_surgery.surgery.attach_head import attach_domain_head
+    from grl_surgery.surgery.describe import describe as graph
+    from grl_surgery.surgery.insert import graph_module, insert_grl, reversals, strip
+    from grl_surgery.training import schedules
+    from grl_surgery.training.discrepancy import GradientPenalty, mdd_loss, wasserstein_loss
+    from grl_surgery.training.losses import domain_loss, entropy_weights
+    from grl_surgery.training.metrics import AdversarialMetrics, proxy_a_distance
+    from grl_surgery.training.optimization import dann_lr, param_groups
+    from grl_surgery.training.schedules import CoefficientScheduler
+    from grl_surgery.training.train_mode import batch_norm_frozen, set_train_mode
+    from grl_surgery.verify.report import FlipReport, ParameterFlip, ReversalFlip
+    from grl_surgery.verify.verify_flip import verify_flip
 
 __version__: str
 
@@ -66,45 +63,48 @@ _HOMES = {
     "ShapeError": "errors",
     "FlipError": "errors",
     "ExportError": "errors",
-    "reverse_gradient": "reversal",
-    "GradientReversal": "reversal",
-    "reversal_disabled": "reversal",
-    "schedules": "schedules:*",
-    "CoefficientScheduler": "schedules",
-    "DomainClassifier": "heads",
-    "PatchDomainClassifier": "heads",
-    "DomainHead": "heads",
+    "reverse_gradient": "nn.reversal",
+    "GradientReversal": "nn.reversal",
+    "reversal_disabled": "nn.reversal",
+    "schedules": "training.schedules:*",
+    "CoefficientScheduler": "training.schedules",
+    "DomainClassifier": "nn.classifiers",
+    "PatchDomainClassifier": "nn.classifiers",
+    "DomainHead": "nn.heads",
     "GraphNode": "points",
     "Edge": "points",
-    "ModelGraph": "model_graph",
-    "graph": "model_graph:describe",
-    "insert_grl": "splicing",
-    "reversals": "splicing",
-    "attach_domain_head": "attaching",
-    "strip": "splicing",
-    "graph_module": "splicing",
-    "verify_flip": "verification",
-    "FlipReport": "flip_report",
-    "ParameterFlip": "flip_report",
-    "ReversalFlip": "flip_report",
-    "find_reversals": "doctor.diagnosing",
+    "ModelGraph": "graph_data",
+    "graph": "surgery.describe:describe",
+    "insert_grl": "surgery.insert",
+    "reversals": "surgery.insert",
+    "attach_domain_head": "surgery.attach_head",
+    "strip": "surgery.insert",
+    "graph_module": "surgery.insert",
+    "verify_flip": "verify.verify_flip",
+    "FlipReport": "verify.report",
+    "ParameterFlip": "verify.report",
+    "ReversalFlip": "verify.report",
+    "find_reversals": "doctor.diagnose",
     "Finding": "doctor.verdicts",
-    "diagnose": "doctor.diagnosing",
-    "assert_flips": "doctor.diagnosing",
+    "diagnose": "doctor.diagnose",
+    "assert_flips": "doctor.diagnose",
     "Diagnosis": "doctor.report",
-    "adopt": "doctor.adopting",
+    "adopt": "doctor.adopt",
     "Adoption": "doctor.report",
-    "domain_loss": "training",
-    "entropy_weights": "training",
-    "param_groups": "training",
-    "dann_lr": "training",
-    "set_train_mode": "training",
-    "batch_norm_frozen": "training",
-    "FeaturePool": "pooling",
-    "AdversarialMetrics": "metrics",
-    "proxy_a_distance": "metrics",
-    "export": "exporting",
-    "load": "exporting",
+    "domain_loss": "training.losses",
+    "entropy_weights": "training.losses",
+    "param_groups": "training.optimization",
+    "dann_lr": "training.optimization",
+    "set_train_mode": "training.train_mode",
+    "batch_norm_frozen": "training.train_mode",
+    "mdd_loss": "training.discrepancy",
+    "wasserstein_loss": "training.discrepancy",
+    "GradientPenalty": "training.discrepancy",
+    "FeaturePool": "nn.pooling",
+    "AdversarialMetrics": "training.metrics",
+    "proxy_a_distance": "training.metrics",
+    "export": "io.export",
+    "load": "io.export",
     "suggest_points": "adaptation.probing",
     "validators": "adaptation.validators:*",
     "paired": "adaptation.pairing",
@@ -126,6 +126,7 @@ __all__ = [
     "Finding",
     "FlipError",
     "FlipReport",
+    "GradientPenalty",
     "GradientReversal",
     "GraphNode",
     "ModelGraph",
@@ -151,6 +152,7 @@ __all__ = [
     "insert_grl",
     "load",
     "load_run",
+    "mdd_loss",
     "paired",
     "param_groups",
     "proxy_a_distance",
@@ -164,6 +166,7 @@ __all__ = [
     "suggest_points",
     "validators",
     "verify_flip",
+    "wasserstein_loss",
 ]
 
 
@@ -186,7 +189,7 @@ class _AfterTorch(importlib.abc.MetaPathFinder):
                 run(module)
                 if self in sys.meta_path:
                     sys.meta_path.remove(self)
-                importlib.import_module(f"{__name__}.reversal")
+                importlib.import_module(f"{__name__}.nn.reversal")
 
             spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
         return spec
@@ -195,7 +198,7 @@ class _AfterTorch(importlib.abc.MetaPathFinder):
 if sys.modules.get("torch") is None:
     sys.meta_path.insert(0, _AfterTorch())
 else:
-    importlib.import_module(f"{__name__}.reversal")
+    importlib.import_module(f"{__name__}.nn.reversal")
 
 # Hidden from type checkers, which would otherwise take every misspelt name for one that exists.
 if not TYPE_CHECKING:

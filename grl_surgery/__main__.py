@@ -1,5 +1,5 @@
 """``python -m grl_surgery`` is ``grl-surgery``."""
 
-from grl_surgery.cli import main
+from grl_surgery.cli.main import main
 
 main()

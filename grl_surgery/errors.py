@@ -1,4 +1,4 @@
-"""What can go wrong, and how it is said: the problem, the nearest valid choices, a call that works."""
+"""The errors of this library: each says the problem, the nearest valid choices, and a call that works."""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 A module call is named by its module path (``layer3.0.conv2``); any other operation by the path of the
 module whose forward contains it and the operation (``layer3.0.add``). Things that share a name are
-numbered in the order of execution (``layer1.0.relu#1``, ``layer1.0.relu#2``). One item of a value is
+numbered in the order of execution (``layer1.0.relu#1``, ``layer1.0.relu#2``). Arithmetic of sizes is
+counted apart (``layer1.0.size_mul``). One item of a value is
 written behind it (``encoder[0]``, ``backbone[out]``). A ``#`` that the user put into a module's name is
 doubled, so that no two names can collide.
 """

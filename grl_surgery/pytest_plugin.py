@@ -22,7 +22,7 @@ def assert_flips() -> Callable[..., None]:
 
     def check(model: Any, example_inputs: Any = None, **options: Any) -> None:
         __tracebackhide__ = True
-        from grl_surgery.doctor.diagnosing import assert_flips
+        from grl_surgery.doctor.diagnose import assert_flips
 
         assert_flips(model, example_inputs, **options)
 

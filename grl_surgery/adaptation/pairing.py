@@ -1,4 +1,4 @@
-"""Batches of two domains side by side: endless, repeatable, and resumed where they were left."""
+"""Pairs batches of two domains: endless, repeatable, and resumed where they were left."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from grl_surgery.errors import SurgeryError, one_line
-from grl_surgery.generators import random_state_kept
+from grl_surgery.isolation.rng_state import preserve_rng_state
 
 __all__ = ["PairedBatches", "paired"]
 
@@ -159,7 +159,7 @@ class _Endless:
                 part.set_epoch(epoch)
         generators = [generator.get_state() for generator in self._own_generators()]
         # A shuffling sampler draws its seed from the global generator when the first batch is asked for.
-        with random_state_kept():
+        with preserve_rng_state():
             torch.default_generator.manual_seed(self._seed_of(epoch))
             batches = iter(self.loader)
             first = next(batches, _NOTHING)
@@ -194,7 +194,7 @@ class _Endless:
                 f"and has {len(own)} now",
                 example="make the loader as it was made in the run that is resumed",
             )
-        with random_state_kept():
+        with preserve_rng_state():
             for generator, before in zip(own, state["generators"], strict=True):
                 generator.set_state(before.cpu())
             if epoch >= 0:

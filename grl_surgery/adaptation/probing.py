@@ -1,4 +1,4 @@
-"""Where to cut: at each point of a network, how far its features tell the domains apart, and the classes."""
+"""Measures at each point of a network how far its features tell the domains apart, and the classes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grl_surgery.arguments import check_count, check_names, check_network
 from grl_surgery.errors import PointNotFoundError, ShapeError, SurgeryError, one_line
-from grl_surgery.generators import random_state_kept
+from grl_surgery.isolation.rng_state import preserve_rng_state
+from grl_surgery.nn.pooling import FeaturePool, infer_layout
 from grl_surgery.points import escape, near_names
-from grl_surgery.pooling import FeaturePool, infer_layout
+from grl_surgery.validation import check_count, check_names, check_network
 
 __all__ = ["PointScore", "PointSuggestions", "recorded_points", "suggest_points"]
 
@@ -185,7 +185,7 @@ def suggest_points(
     recorder = _Recorder(model)
     wanted = None if points is None else check_names("points", points, example="points=['layer3', 'layer4']")
     sets = []
-    with random_state_kept(), _eval_mode(model), torch.no_grad():
+    with preserve_rng_state(), _eval_mode(model), torch.no_grad():
         for name, data in (("source", source), ("target", target)):
             sets.append(_Features(name))
             for batch in _batches(data, most, name):
@@ -209,7 +209,7 @@ def recorded_points(model: nn.Module, inputs: Any, depth: int = 1) -> list[tuple
         depth: How many calls deep.
     """
     recorder = _Recorder(model)
-    with random_state_kept(), _eval_mode(model), torch.no_grad():
+    with preserve_rng_state(), _eval_mode(model), torch.no_grad():
         batch = _as_batch(inputs)
         recorder.choose(batch, None, depth)
         recorder.record(batch)

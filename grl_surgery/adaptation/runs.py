@@ -1,4 +1,4 @@
-"""A run in one file: everything that the rest of it depends on, written whole or not at all."""
+"""Saves and loads a whole training run as one file, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from grl_surgery.arguments import check_network
 from grl_surgery.errors import ExportError, SurgeryError, one_line
-from grl_surgery.files.atomic_files import write_file
+from grl_surgery.io.atomic_write import write_file
+from grl_surgery.nn.reversal import GradientReversal
 from grl_surgery.points import near_names
-from grl_surgery.reversal import GradientReversal
+from grl_surgery.validation import check_network
 
 __all__ = ["load_run", "save_run"]
 

@@ -1,4 +1,4 @@
-"""A training script for one network, written out to be read and edited: nothing in it is hidden."""
+"""Writes a training script for one network, to be read and edited."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ def training_script(
         (True, True)
 
     Args:
-        source: What makes the network, as :func:`grl_surgery.models.load_model` takes it.
+        source: What makes the network, as :func:`grl_surgery.loading.model_zoo.load_model` takes it.
         model: That network, which returns class logits (B, K).
         inputs: Its example inputs: one tensor.
         recipe: What is trained against what.
@@ -304,4 +304,4 @@ def _maker(source: str) -> tuple[str, list[str]]:
     if library == "torchvision" and re.fullmatch(r"\w+", name):
         made = f'torchvision.models.get_model("{name}", weights=None, num_classes=CLASSES)'
         return made, ["import torchvision"]
-    return f"load_model({source!r}).module", ["from grl_surgery.models import load_model"]
+    return f"load_model({source!r}).module", ["from grl_surgery.loading.model_zoo import load_model"]

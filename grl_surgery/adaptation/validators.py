@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from grl_surgery.arguments import check_count, check_number
 from grl_surgery.errors import ShapeError, SurgeryError
-from grl_surgery.metrics import proxy_a_distance
-from grl_surgery.pooling import check_tensor
+from grl_surgery.nn.pooling import check_tensor
+from grl_surgery.training.metrics import proxy_a_distance
+from grl_surgery.validation import check_count, check_number
 
 __all__ = [
     "BETTER",

@@ -1,4 +1,4 @@
-"""Where a network may run: each context makes something to call out of a private network."""
+"""The contexts in which a network may run; each makes a callable out of a private copy."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from grl_surgery.doctor.rig import Gradients, Rig
+from grl_surgery.doctor.sandbox import Gradients, Sandbox
 from grl_surgery.errors import SurgeryError
-from grl_surgery.measurement import objective, tensors_in
+from grl_surgery.verify.experiment import objective, tensors_in
 
 __all__ = ["CONTEXTS", "Context", "Ready"]
 
@@ -46,25 +46,25 @@ class Context:
     """
 
     name: str
-    prepare: Callable[[Rig], Ready]
+    prepare: Callable[[Sandbox], Ready]
     tolerance: float = 0.01
     needs: str | None = None
     takes_coefficient: bool = True
 
 
-def _calling(rig: Rig, call: Callable[..., Any], network: nn.Module | None = None) -> Ready:
+def _calling(rig: Sandbox, call: Callable[..., Any], network: nn.Module | None = None) -> Ready:
     return Ready(rig.network if network is None else network, lambda: rig.gradients(call, network))
 
 
 # ------------------------------------------------------------------------------------------------- contexts
 
 
-def _symbolic_trace(rig: Rig) -> Ready:
+def _symbolic_trace(rig: Sandbox) -> Ready:
     traced = fx.symbolic_trace(rig.network)
     return _calling(rig, traced, traced)
 
 
-def _feature_extractor(rig: Rig) -> Ready:
+def _feature_extractor(rig: Sandbox) -> Ready:
     from torchvision.models.feature_extraction import NodePathTracer, create_feature_extractor
 
     tracer = NodePathTracer()
@@ -75,17 +75,17 @@ def _feature_extractor(rig: Rig) -> Ready:
     return _calling(rig, lambda *args, **kwargs: list(extractor(*args, **kwargs).values()), extractor)
 
 
-def _program(rig: Rig) -> torch.export.ExportedProgram:
+def _program(rig: Sandbox) -> torch.export.ExportedProgram:
     args, kwargs = rig.plain_inputs()
     return torch.export.export(rig.network, args, kwargs, strict=False)
 
 
-def _export(rig: Rig) -> Ready:
+def _export(rig: Sandbox) -> Ready:
     module = _program(rig).module()
     return _calling(rig, module, module)
 
 
-def _export_reloaded(rig: Rig) -> Ready:
+def _export_reloaded(rig: Sandbox) -> Ready:
     file = io.BytesIO()
     torch.export.save(_program(rig), file)
     file.seek(0)
@@ -93,17 +93,17 @@ def _export_reloaded(rig: Rig) -> Ready:
     return _calling(rig, module, module)
 
 
-def _compile(rig: Rig) -> Ready:
+def _compile(rig: Sandbox) -> Ready:
     torch.compiler.reset()
     return _calling(rig, torch.compile(rig.network, backend="aot_eager"))
 
 
-def _per_sample(rig: Rig) -> Ready:
+def _per_sample(rig: Sandbox) -> Ready:
     """Gradients of one sample at a time by vmap; their sum is the gradient of the batch."""
     return Ready(rig.network, lambda: _sum_over_samples(rig))
 
 
-def _sum_over_samples(rig: Rig) -> Gradients:
+def _sum_over_samples(rig: Sandbox) -> Gradients:
     args, kwargs = rig.plain_inputs()
     given = (*args, kwargs)
     weights = [_weights(output, rig.seed + at) for at, output in enumerate(rig.run())]
@@ -131,7 +131,7 @@ def _weights(output: torch.Tensor, seed: int) -> torch.Tensor:
     return torch.autograd.grad(scalar, leaf)[0]
 
 
-def _autocast(rig: Rig) -> Ready:
+def _autocast(rig: Sandbox) -> Ready:
     device = next((leaf.device.type for leaf in rig.leaves().values()), "cpu")
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -141,13 +141,13 @@ def _autocast(rig: Rig) -> Ready:
     return _calling(rig, call)
 
 
-def _checkpoint(rig: Rig) -> Ready:
+def _checkpoint(rig: Sandbox) -> Ready:
     return _calling(
         rig, lambda *args, **kwargs: checkpoint(rig.network, *args, use_reentrant=False, **kwargs)
     )
 
 
-def _deepcopy(rig: Rig) -> Ready:
+def _deepcopy(rig: Sandbox) -> Ready:
     copied = copy.deepcopy(rig.network)
     return _calling(rig, copied, copied)
 

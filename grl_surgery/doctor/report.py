@@ -1,4 +1,4 @@
-"""What the doctor reports: a diagnosis and an adoption, as tables and as plain data."""
+"""Reports of the doctor: a diagnosis and an adoption, as tables and as plain data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from grl_surgery.doctor.verdicts import Finding, Outcome, shown_factor
 from grl_surgery.errors import FlipError
-from grl_surgery.schedules import Schedule
+from grl_surgery.training.schedules import Schedule
 
 __all__ = ["Adopted", "Adoption", "Diagnosis", "Left"]
 

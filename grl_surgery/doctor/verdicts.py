@@ -1,4 +1,4 @@
-"""What the doctor finds, place by place and context by context, and what to do about it."""
+"""Verdicts of the doctor, for each place and each context, with what to do about it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ FIXES = {
     "factor +1": "put gs.GradientReversal() in its place, or return -coeff * grad from its backward",
     "factor 0": "set its coefficient: gs.CoefficientScheduler, gs.schedules.dann()",
     "un-reverses": "a coefficient is not negative: the minus sign is in the reversal already",
+    "signed, negative": "nothing to mend if that is meant; a coefficient above 0 reverses",
     "no multiple": "nothing to mend if that is meant; a reversal is gs.GradientReversal()",
     "detached": "leave out detach() and no_grad() before and behind the reversal",
     "unused": "return the head's logits from forward, so that a loss can be made of them",
@@ -74,7 +75,7 @@ class Finding:
     @property
     def is_silent(self) -> bool:
         """Whether a gradient passes unreversed without a word, though the place looks like a reversal."""
-        return self.verdict not in ("reverses", "no multiple", "fails")
+        return self.verdict not in ("reverses", "no multiple", "fails", "signed, negative")
 
     @property
     def fix(self) -> str:

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from grl_surgery.arguments import check_count
 from grl_surgery.errors import SurgeryError
-from grl_surgery.heads import find_heads
 from grl_surgery.integrations.scalars import scalars
-from grl_surgery.metrics import AdversarialMetrics
-from grl_surgery.reversal import GradientReversal
-from grl_surgery.schedules import CoefficientScheduler, check_schedule, dann
+from grl_surgery.nn.heads import find_heads
+from grl_surgery.nn.reversal import GradientReversal
+from grl_surgery.training.metrics import AdversarialMetrics
+from grl_surgery.training.schedules import CoefficientScheduler, check_schedule, dann
+from grl_surgery.validation import check_count
 
 __all__ = ["GradientReversalCallback"]
 
@@ -35,12 +35,13 @@ class GradientReversalCallback(Callback):
 
     Example:
         >>> from lightning.pytorch import Trainer
-        >>> from grl_surgery.schedules import dann
+        >>> from grl_surgery.training.schedules import dann
         >>> callback = GradientReversalCallback(dann(hi=0.3))
         >>> trainer = Trainer(callbacks=[callback], accelerator="cpu", logger=False)
 
     Args:
-        schedule: From progress in [0, 1] to the coefficient; :func:`grl_surgery.schedules.dann` by default.
+        schedule: From progress in [0, 1] to the coefficient;
+            :func:`grl_surgery.training.schedules.dann` by default.
         total_steps: Number of optimizer steps; by default as many as the trainer says it will make.
         head: Name of the head to watch, where the network has several.
         only: Names of the reversals to drive; all by default.

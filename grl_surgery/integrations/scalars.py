@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from grl_surgery.metrics import AdversarialReport
+from grl_surgery.training.metrics import AdversarialReport
 
 __all__ = ["scalars"]
 
@@ -11,7 +11,7 @@ def scalars(report: AdversarialReport, prefix: str = "grl/") -> dict[str, float]
     """The numbers of a report by name, such as ``grl/domain_accuracy``.
 
     Example:
-        >>> from grl_surgery.metrics import AdversarialReport
+        >>> from grl_surgery.training.metrics import AdversarialReport
         >>> report = AdversarialReport({0: 4, 1: 4}, 2, 0.5, {0: 1.0, 1: 0.5}, 0.6, 0.6931, 0.1, 0.2)
         >>> scalars(report)["grl/domain_accuracy"]
         0.75

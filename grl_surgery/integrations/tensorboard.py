@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from grl_surgery.integrations.scalars import scalars
-from grl_surgery.metrics import AdversarialReport
+from grl_surgery.training.metrics import AdversarialReport
 
 __all__ = ["write_report"]
 
@@ -16,7 +16,7 @@ def write_report(writer: SummaryWriter, report: AdversarialReport, step: int, pr
     Example:
         >>> import tempfile
         >>> from torch.utils.tensorboard import SummaryWriter
-        >>> from grl_surgery.metrics import AdversarialReport
+        >>> from grl_surgery.training.metrics import AdversarialReport
         >>> report = AdversarialReport({0: 4, 1: 4}, 2, 0.5, {0: 1.0, 1: 0.5}, 0.6, 0.6931, 0.1, 0.2)
         >>> with tempfile.TemporaryDirectory() as folder, SummaryWriter(folder) as writer:
         ...     write_report(writer, report, step=100)

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from grl_surgery.errors import SurgeryError
-from grl_surgery.heads import find_heads
 from grl_surgery.integrations.scalars import scalars
-from grl_surgery.metrics import AdversarialMetrics
-from grl_surgery.schedules import CoefficientScheduler, check_schedule, dann
+from grl_surgery.nn.heads import find_heads
+from grl_surgery.training.metrics import AdversarialMetrics
+from grl_surgery.training.schedules import CoefficientScheduler, check_schedule, dann
 
 __all__ = ["GradientReversalCallback"]
 
@@ -28,11 +28,12 @@ class GradientReversalCallback(TrainerCallback):
     callback each, with a ``head``, an ``only`` and a ``prefix`` of its own.
 
     Example:
-        >>> from grl_surgery.schedules import dann
+        >>> from grl_surgery.training.schedules import dann
         >>> callback = GradientReversalCallback(dann(hi=0.3))
 
     Args:
-        schedule: From progress in [0, 1] to the coefficient; :func:`grl_surgery.schedules.dann` by default.
+        schedule: From progress in [0, 1] to the coefficient;
+            :func:`grl_surgery.training.schedules.dann` by default.
         head: Name of the head to watch, where the network has several.
         only: Names of the reversals to drive; all by default.
         prefix: What each logged name begins with.

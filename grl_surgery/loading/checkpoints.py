@@ -1,4 +1,4 @@
-"""A file of weights, read without running any code in it and loaded strictly or not at all."""
+"""Reads a file of weights without running code in it, and loads it strictly or not at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A class or a function of a library, called with small values for the arguments that it asks for."""
+"""Calls a class or a function of a library with small values for its required arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights from a hub: the many ways in which a download fails become one line, soon."""
+"""Downloads weights from a hub, and turns every way of failing into one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``"package.module:factory"``, ``"file.py:factory"``: a network that the user's own code makes."""
+"""Loads a network that the user's own code makes: ``"package.module:factory"``, ``"file.py:factory"``."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ _SHOWN = 5
 
 @contextmanager
 def _first_on_path(folder: Path) -> Iterator[None]:
-    """What the file imports lies beside it, as when Python runs it."""
+    """Let the file import what lies beside it, as when Python runs it."""
     sys.path.insert(0, str(folder))
     try:
         yield

@@ -1,4 +1,4 @@
-"""An input that a network accepts, found from what the network or its library says about itself."""
+"""Finds an input that a network accepts, from what the network or its library says about itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Libraries whose networks are loaded by name besides timm and torchvision: ``"monai/UNet"``."""
+"""Loads networks of other libraries by name: ``"monai/UNet"``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["LIBRARIES", "from_library", "is_library", "library_names", "split_ar
 
 @dataclass(frozen=True)
 class _Library:
-    """Where a library keeps its networks.
+    """The place in which a library keeps its networks.
 
     Args:
         package: What is imported.
@@ -32,6 +32,7 @@ class _Library:
         places: Modules whose public classes and functions make networks.
         deep: Names are looked for in the modules inside those, too, as ``module.Name``.
         lower: Functions with a lower-case name are listed beside classes.
+        also: What its networks import when the first one is made.
     """
 
     package: str
@@ -39,10 +40,26 @@ class _Library:
     places: tuple[str, ...]
     deep: bool = False
     lower: bool = False
+    also: tuple[str, ...] = ()
+
+    @property
+    def imports(self) -> tuple[str, ...]:
+        """Every module that its networks need."""
+        return (*self.places, *self.also)
 
 
 LIBRARIES: dict[str, _Library] = {
-    "transformers": _Library("transformers", "transformers", ("transformers",)),
+    "transformers": _Library(
+        "transformers",
+        "transformers",
+        ("transformers",),
+        also=(
+            "transformers.modeling_utils",
+            "transformers.generation",
+            "transformers.models.auto.modeling_auto",
+            "transformers.loss.loss_utils",
+        ),
+    ),
     "monai": _Library("monai", "monai", ("monai.networks.nets",)),
     "segmentation_models_pytorch": _Library(
         "segmentation_models_pytorch", "segmentation-models-pytorch", ("segmentation_models_pytorch",)

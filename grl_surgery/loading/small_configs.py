@@ -1,4 +1,4 @@
-"""A configuration of transformers made small, by what its numbers are called and by nothing else."""
+"""Shrinks a configuration of transformers by the names of its numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Inputs for a network, found by its forward's signature and its configuration: tried until it runs."""
+"""Finds inputs for a network from its forward's signature and its configuration, by trying."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Networks that have shapes and no values."""
+"""Builds networks that have shapes and no values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from grl_surgery.models import load_model
+from grl_surgery.loading.model_zoo import load_model
 
 __all__ = ["without_values"]
 

@@ -6,6 +6,9 @@ python -m grl_surgery.zoo.ecosystem transformers/BertModel     # one network, pr
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
+import importlib
 import json
 import logging
 import os
@@ -29,6 +32,7 @@ from grl_surgery.zoo.ledger import replace_text
 
 __all__ = [
     "NetworkRow",
+    "code_state",
     "is_old",
     "line_of",
     "no_row",
@@ -37,6 +41,10 @@ __all__ = [
     "try_network",
     "write_network_rows",
 ]
+
+
+WALL = 10
+"""How much longer than its processor time a trial may take by the clock, on a machine that others use."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,7 @@ class NetworkRow:
         splice_ms: Median processor time of one ``insert_grl``, in milliseconds.
         seconds: Processor time of everything.
         versions: Of torch and of the library.
+        code: Which state of this library was tried, as :func:`code_state` gives it.
         date: On which it was measured.
     """
 
@@ -72,6 +81,7 @@ class NetworkRow:
     splice_ms: float = 0.0
     seconds: float = 0.0
     versions: str = ""
+    code: str = ""
     date: str = ""
 
 
@@ -89,8 +99,19 @@ def result_of(row: NetworkRow) -> str:
 
 
 def is_old(row: NetworkRow) -> bool:
-    """Whether it was measured with another torch or another version of its library."""
-    return row.versions != _versions(row.library)
+    """Whether it was measured with another torch, another version of its library, or other code of ours."""
+    return (row.versions, row.code) != (_versions(row.library), code_state())
+
+
+@functools.cache
+def code_state() -> str:
+    """Ten digits that change with the source of this library, as far as surgery and its proof run it."""
+    package = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for file in sorted(package.rglob("*.py")):
+        if file.relative_to(package).parts[0] not in ("cli", "viz", "zoo", "integrations", "training"):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:10]
 
 
 def try_network(source: str, seconds: float = 120.0) -> NetworkRow:
@@ -98,7 +119,7 @@ def try_network(source: str, seconds: float = 120.0) -> NetworkRow:
 
     Args:
         source: As ``load_model`` takes it.
-        seconds: After which it is ended.
+        seconds: Of processor time, after which it is ended; in any case after ten times as many by the clock.
     """
     _import_library(source)
     reader, writer = os.pipe()
@@ -106,7 +127,8 @@ def try_network(source: str, seconds: float = 120.0) -> NetworkRow:
     if child == 0:
         os.close(reader)
         with contextlib.suppress(BaseException):
-            signal.alarm(int(seconds) + 1)
+            resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1, int(seconds) + 1))
+            signal.alarm(int(WALL * seconds) + 1)
             row = _row(source)
             with os.fdopen(writer, "w") as file:
                 file.write(json.dumps({key: value for key, value in asdict(row).items() if key != "date"}))
@@ -118,7 +140,7 @@ def try_network(source: str, seconds: float = 120.0) -> NetworkRow:
     if text:
         return NetworkRow(**json.loads(text), date=time.strftime("%Y-%m-%d"))
     ended = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-    if ended == signal.SIGALRM:
+    if ended in (signal.SIGALRM, signal.SIGXCPU, signal.SIGKILL):
         return no_row(source, f"it took longer than {seconds:g} s", seconds)
     return no_row(source, f"the process ended with signal {ended}", 0.0)
 
@@ -133,22 +155,36 @@ def no_row(source: str, reason: str, seconds: float) -> NetworkRow:
         reason[:300],
         seconds=round(seconds, 2),
         versions=_versions(library),
+        code=code_state(),
         date=time.strftime("%Y-%m-%d"),
     )
 
 
 def _import_library(source: str) -> None:
     """Import what every network of the library needs, once, before the forks."""
-    from grl_surgery.zoo import trials  # noqa: F401
-
     library = source.partition("/")[0]
-    with warnings.catch_warnings(), contextlib.suppress(Exception):
-        warnings.simplefilter("ignore")
-        __import__(LIBRARIES[library].places[0] if library in LIBRARIES else library)
+    own = LIBRARIES[library].imports if library in LIBRARIES else (library,)
+    for name in (*_NEEDED, *own):
+        with warnings.catch_warnings(), contextlib.suppress(Exception):
+            warnings.simplefilter("ignore")
+            importlib.import_module(name)
+
+
+# What a trial imports, and what torch imports the first time that it works without data.
+_NEEDED = (
+    "grl_surgery.zoo.trials",
+    "grl_surgery.surgery.attach_head",
+    "grl_surgery.verify.verify_flip",
+    "grl_surgery.verify.sample_rows",
+    "grl_surgery.doctor.foreign_reversals",
+    "torch._dynamo",
+    "torch._subclasses.fake_tensor",
+    "torch.fx.experimental.symbolic_shapes",
+)
 
 
 def _row(source: str) -> NetworkRow:
-    from grl_surgery.models import load_model
+    from grl_surgery.loading.model_zoo import load_model
     from grl_surgery.zoo.trials import try_everything
 
     start = time.process_time()
@@ -184,6 +220,7 @@ def _row(source: str) -> NetworkRow:
         splice,
         taken,
         row.versions,
+        code_state(),
     )
 
 

@@ -46,7 +46,7 @@ class Spot:
 
 @dataclass(frozen=True)
 class Seen:
-    """A value that a forward computed, and whether the objective sends it a gradient."""
+    """A value that a forward computed; of an operation, which arguments were computed too."""
 
     spot: Spot
     value: torch.Tensor
@@ -292,7 +292,9 @@ class _Recorder:
         return leave
 
     def operation(self, path: str, func: Any, args: Any, kwargs: Any) -> Any:
-        before = [i for i, arg in enumerate(args) if isinstance(arg, torch.Tensor) and arg.requires_grad]
+        before = [
+            i for i, arg in enumerate(args) if isinstance(arg, torch.Tensor) and arg.grad_fn is not None
+        ]
         result = func(*args, **kwargs)
         if isinstance(result, torch.Tensor):
             name = called(func)

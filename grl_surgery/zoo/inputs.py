@@ -12,8 +12,8 @@ from torch import nn
 
 from grl_surgery.errors import SurgeryError
 from grl_surgery.loading.inputs import example_inputs
-from grl_surgery.measurement import private_copy
-from grl_surgery.models import load_model
+from grl_surgery.loading.model_zoo import load_model
+from grl_surgery.verify.experiment import private_copy
 
 __all__ = ["declared_inputs", "on_smallest_inputs"]
 

@@ -1,4 +1,4 @@
-"""What came of each network: one line of JSON a network, written as soon as it is known."""
+"""The ledger: one line of JSON for each network, written as soon as its result is known."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which networks there are, and the file of timm or torchvision that each comes from."""
+"""Lists the networks of timm and torchvision, with the file that each comes from."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from grl_surgery.errors import SurgeryError
-from grl_surgery.models import available
+from grl_surgery.loading.model_zoo import available
 from grl_surgery.points import near_names
 
 __all__ = ["by_family", "every_name", "family", "matching"]

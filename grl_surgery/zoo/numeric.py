@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from grl_surgery.errors import SurgeryError, one_line
-from grl_surgery.exporting import export, load
-from grl_surgery.measurement import private_copy, tensors_in
-from grl_surgery.splicing import insert_grl, reversals, strip
-from grl_surgery.verification import verify_flip
+from grl_surgery.io.export import export, load
+from grl_surgery.surgery.insert import insert_grl, reversals, strip
+from grl_surgery.verify.experiment import private_copy, tensors_in
+from grl_surgery.verify.verify_flip import verify_flip
 from grl_surgery.zoo.building import without_values
 from grl_surgery.zoo.inputs import on_smallest_inputs
 from grl_surgery.zoo.ledger import NotProved, Row

@@ -1,4 +1,4 @@
-"""Which paths a gradient takes, read off the graph that autograd itself has recorded."""
+"""Reads the paths that a gradient takes off the graph that autograd has recorded."""
 
 from __future__ import annotations
 

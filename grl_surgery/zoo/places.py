@@ -1,4 +1,4 @@
-"""Where to cut a network that nobody has looked at: three stages, one operation, one edge into a join."""
+"""Chooses where to cut an unknown network: three stages, an operation, an edge into a join."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Literal
 
 from torch import fx, nn
 
+from grl_surgery.capture.capture import around_aliases, module_paths, trace
+from grl_surgery.capture.node_names import operation
+from grl_surgery.capture.node_uses import boundary, node_uses, skip_boundaries
+from grl_surgery.capture.traceable_copy import is_building_block
 from grl_surgery.errors import TracingError
-from grl_surgery.links import boundary, links, origin
 from grl_surgery.points import Edge, escape, split_number
-from grl_surgery.trace_copy import is_building_block
-from grl_surgery.tracer import operation
-from grl_surgery.tracing import around_aliases, module_paths, trace
 
 __all__ = ["Place", "Survey", "survey"]
 
@@ -135,23 +135,23 @@ def _region(model: nn.Module, path: str, down: str | None, also: Sequence[str] =
         raise TracingError(f"{path!r} is a list of modules, which nobody calls")
     prefix = f"{escape(path)}." if path else ""
     inside, *others = (name.removeprefix(prefix) for name in (down or "", *also))
-    opened = {
+    traced_modules = {
         name
         for name, child in module.named_modules()
         if not is_building_block(child)
         and (down is None or "." not in name or (inside and _within(name, inside)) or name in others)
     }
     paths = module_paths(module)
-    names = {name for name in paths if name.rpartition(".")[0] in opened}
-    opened |= {paths[around] for around in around_aliases(paths, names)}
-    traced = trace(module, opened, lenient=True)
+    names = {name for name in paths if name.rpartition(".")[0] in traced_modules}
+    traced_modules |= {paths[around] for around in around_aliases(paths, names)}
+    traced = trace(module, traced_modules, allow_untraceable=True)
     graph = _common(list(traced.graphs.values()))
     used = _used(graph)
     items: dict[str, str] = {}
     for node in used:
         for name, item in _first_item(node, used):
             items.setdefault(prefix + name, item)
-    closed = {f"{path}.{name}" if path else name for name in opened - traced.opened}
+    closed = {f"{path}.{name}" if path else name for name in traced_modules - traced.traced_modules}
     return _Region(path, traced.names(), closed, list(_steps(module, path, prefix, used)), items)
 
 
@@ -238,9 +238,9 @@ def _kind(root: nn.Module, node: fx.Node) -> Literal["stage", "layer", "operatio
 def _joined(node: fx.Node, prefix: str, features: set[fx.Node]) -> Iterator[Edge]:
     """The edges into an operation that joins several features; nothing for any other operation."""
     if operation(node) in _JOINS and len(features.intersection(node.all_input_nodes)) > 1:
-        for arg, source in links(node):
+        for arg, source in node_uses(node):
             if source in features:
-                yield Edge(prefix + origin(source).meta["point"], prefix + node.meta["point"], arg)
+                yield Edge(prefix + skip_boundaries(source).meta["point"], prefix + node.meta["point"], arg)
 
 
 # Results of these are floating point where an argument is; the first ones are the more telling.

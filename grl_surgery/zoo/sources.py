@@ -1,11 +1,11 @@
-"""Which networks of other libraries are tried: all that a library lists, some with arguments."""
+"""Lists the networks of other libraries that are tried, some with arguments."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from grl_surgery.loading.libraries import LIBRARIES
-from grl_surgery.models import available
+from grl_surgery.loading.model_zoo import available
 
 __all__ = ["REGISTRIES", "networks_of"]
 
@@ -41,6 +41,21 @@ _WITH_ARGUMENTS = {
         "HighResBlock?spatial_dims=2&in_channels=2&out_channels=4",
     ),
     "segmentation_models_pytorch": (
+        *(
+            f"{decoder}?encoder_name=tu-test_resnet"
+            for decoder in (
+                "Unet",
+                "UnetPlusPlus",
+                "MAnet",
+                "Linknet",
+                "FPN",
+                "PSPNet",
+                "DeepLabV3",
+                "DeepLabV3Plus",
+                "PAN",
+                "UPerNet",
+            )
+        ),
         "Unet?encoder_name=mobilenet_v2",
         "Unet?encoder_name=efficientnet-b0&decoder_attention_type=scse",
         "Unet?encoder_name=resnet18&aux_params={'classes':3}",
@@ -56,9 +71,9 @@ _WITH_ARGUMENTS = {
         "WaveRNN?upsample_scales=[2,2,2]&n_classes=16&hop_length=8&n_res_block=2&n_rnn=16&n_fc=16&n_hidden=16&n_output=16&n_freq=20",
         "wav2vec2_model?extractor_mode=group_norm&extractor_conv_layer_config=[(16,10,5),(16,3,2)]&extractor_conv_bias=False&encoder_embed_dim=32&encoder_projection_dropout=0.1&encoder_pos_conv_kernel=8&encoder_pos_conv_groups=2&encoder_num_layers=3&encoder_num_heads=4&encoder_attention_dropout=0.1&encoder_ff_interm_features=64&encoder_ff_interm_dropout=0.1&encoder_dropout=0.1&encoder_layer_norm_first=False&encoder_layer_drop=0.1&aux_num_out=8",
         "wavlm_model?extractor_mode=group_norm&extractor_conv_layer_config=[(16,10,5),(16,3,2)]&extractor_conv_bias=False&encoder_embed_dim=32&encoder_projection_dropout=0.1&encoder_pos_conv_kernel=8&encoder_pos_conv_groups=2&encoder_num_layers=3&encoder_num_heads=4&encoder_num_buckets=16&encoder_max_distance=32&encoder_attention_dropout=0.1&encoder_ff_interm_features=64&encoder_ff_interm_dropout=0.1&encoder_dropout=0.1&encoder_layer_norm_first=False&encoder_layer_drop=0.0&aux_num_out=8",
-        "wav2vec2_base",
-        "hubert_base",
-        "squim_objective_base",
+        "wav2vec2_model?extractor_mode=layer_norm&extractor_conv_layer_config=[(16,10,5),(16,3,2)]&extractor_conv_bias=True&encoder_embed_dim=32&encoder_projection_dropout=0.0&encoder_pos_conv_kernel=8&encoder_pos_conv_groups=2&encoder_num_layers=3&encoder_num_heads=4&encoder_attention_dropout=0.0&encoder_ff_interm_features=64&encoder_ff_interm_dropout=0.1&encoder_dropout=0.0&encoder_layer_norm_first=True&encoder_layer_drop=0.0&aux_num_out=None",
+        "squim_objective_model?feat_dim=32&win_len=32&d_model=32&nhead=4&hidden_dim=32&num_blocks=2&rnn_type=LSTM&chunk_size=11",
+        "Wav2Letter?num_classes=10",
         "Tacotron2?n_mels=20&encoder_embedding_dim=32&n_symbol=32",
         "conv_tasnet_base",
         "hdemucs_low?sources=['a','b']",
@@ -82,7 +97,8 @@ _WITH_ARGUMENTS = {
         "MetricGAN.MetricDiscriminator",
     ),
     "torch_geometric": (
-        "MLP?channel_list=[8,16,3]",
+        "MLP?in_channels=8&hidden_channels=16&out_channels=3&num_layers=3",
+        "GCN?in_channels=8&hidden_channels=16&num_layers=2&out_channels=3&act=elu&norm=GraphNorm&jk=max",
         "PNA?in_channels=8&hidden_channels=16&num_layers=2&out_channels=3&aggregators=['mean','max']&scalers=['identity']&deg=None",
         "GCN?in_channels=8&hidden_channels=16&num_layers=3&out_channels=3&dropout=0.5&norm=BatchNorm&jk=cat",
         "GAT?in_channels=8&hidden_channels=16&num_layers=3&out_channels=3&v2=True&heads=2",

@@ -15,12 +15,19 @@ import torch
 from torch import nn
 
 from grl_surgery.errors import one_line
-from grl_surgery.measurement import tensors_in
-from grl_surgery.models import load_model
-from grl_surgery.oracle import Factors, HookReversal, in_words, predict, shows_all, with_reversals
+from grl_surgery.loading.model_zoo import load_model
 from grl_surgery.points import Edge
-from grl_surgery.spliced_module import SplicedModule
-from grl_surgery.splicing import insert_grl, reversals, strip
+from grl_surgery.surgery.insert import insert_grl, reversals, strip
+from grl_surgery.surgery.spliced_module import SplicedModule
+from grl_surgery.verify.experiment import tensors_in
+from grl_surgery.verify.reference_model import (
+    Factors,
+    HookReversal,
+    is_fully_traced,
+    predict,
+    sign_label,
+    with_reversals,
+)
 from grl_surgery.zoo.building import without_values
 from grl_surgery.zoo.inputs import declared_inputs
 from grl_surgery.zoo.ledger import NotProved, Row
@@ -57,7 +64,7 @@ def check_structure(source: str) -> Row:
 def _check(source: str) -> Row:
     model = without_values(source)
     found = survey(model)
-    times = _each_cut(model, found.places)
+    times, graphs = _each_cut(model, found.places)
     device, reason = "meta", ""
     try:
         _check_paths(model, found)
@@ -77,7 +84,11 @@ def _check(source: str) -> Row:
         {place.role: str(place.at) for place in found.places},
         device=device,
         splice_ms=round(1e3 * median(times), 2),
-        facts={"parameters": sum(parameter.numel() for parameter in model.parameters())},
+        facts={
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "graph": graphs,
+            "boundary": len(found.places) - graphs,
+        },
     )
 
 
@@ -93,20 +104,25 @@ def _without_values(model: nn.Module, error: Exception) -> str:
 # ------------------------------------------------------------------------------------------------- cuts
 
 
-def _each_cut(model: nn.Module, places: Sequence[Place]) -> list[float]:
-    """Make each cut on its own, and take it out again; returns how long each insert_grl took."""
-    times = []
+def _each_cut(model: nn.Module, places: Sequence[Place]) -> tuple[list[float], int]:
+    """Make each cut on its own, and take it out again.
+
+    Returns:
+        How long each insert_grl took, and how many of the results are graphs of the whole network.
+    """
+    times, graphs = [], 0
     keys = list(model.state_dict())
     for place in places:
         start = time.process_time()
         spliced = insert_grl(model, **place.keyword)  # type: ignore[arg-type]
         times.append(time.process_time() - start)
+        graphs += isinstance(spliced, SplicedModule) and not spliced.grl_surgery.hooked
         again = strip(spliced)
         _require(len(reversals(spliced)) == 1, place, "there is not one reversal")
         _require(list(spliced.state_dict()) == keys, place, "the state_dict has other keys")
         _require(list(again.state_dict()) == keys, place, "stripped, the state_dict has other keys")
         _require(type(again) is type(model), place, f"stripped, it is a {type(again).__name__}")
-    return times
+    return times, graphs
 
 
 def _require(holds: bool, place: Place, otherwise: str) -> None:
@@ -161,7 +177,7 @@ def _check_paths(model: nn.Module, found: Survey) -> None:
 
 def _predicted(oracle: nn.Module, places: Sequence[Place]) -> dict[Place, Signs]:
     """What the graph says of each reversal alone; nothing where the root is no graph."""
-    if not shows_all(oracle):
+    if not is_fully_traced(oracle):
         return {place: {} for place in places}
     done = oracle.grl_surgery
     found = {}
@@ -202,5 +218,5 @@ def _compare(
     for place, signs in recorded.items():
         for name, parameter in model.named_parameters():
             found, right = (each.get(id(parameter), frozenset()) for each in (signs, wanted[place]))
-            problem = f"in {mode} mode {name} is {in_words(found)}, not {in_words(right)}"
+            problem = f"in {mode} mode {name} is {sign_label(found)}, not {sign_label(right)}"
             _require(found == right, place, problem)

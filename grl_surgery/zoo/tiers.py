@@ -1,4 +1,4 @@
-"""One network in one tier, as a row whatever happens."""
+"""Tries one network in one tier, and returns a row whatever happens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is tried on one network of the ecosystem, each trial judged by the oracle of hooks alone."""
+"""Tries surgery on one network of the ecosystem; an oracle of plain hooks judges each trial."""
 
 from __future__ import annotations
 
@@ -82,15 +82,19 @@ class _Network:
 
     def trials(self) -> Trials:
         seen: dict[Mode, Recording] = {mode: self._record(mode) for mode in _MODES}
-        places = list(_places(seen))
+        batch = next((value.shape[0] for value in leaves(self.inputs) if value.dim()), 0)
+        places = list(_places(seen, batch))
         if not places:
             self.result.outcomes["built"] = "skipped: no gradient reaches a module in either mode"
             return self.result
         for number, place in enumerate(places):
             self.result.places[place.role] = place.name
+            if place.role == "head":
+                continue
             self._try(place.role, functools.partial(self._cut, place, _MODES[number % 2]))
-        middle = next((place for place in places if place.role == "middle"), places[0])
-        self._try("head", functools.partial(self._head, middle))
+        head = next((place for place in places if place.role == "head"), None)
+        if head is not None:
+            self._try("head", functools.partial(self._head, head))
         if self.spliced is not None:
             spliced, place = self.spliced
             self._try("pickle", functools.partial(self._pickled, place))
@@ -129,6 +133,8 @@ class _Network:
         keyword: dict[str, Any] = {"after": place.name}
         if place.spot.argument is not None:
             keyword = {"edge": self._edge(place)}
+        if place.spot.operation:
+            keyword["example_inputs"] = self.inputs
         self.model.train(made_in == "train")
         spliced = gs.insert_grl(self.model, **keyword)
         self.result.splice_ms.append(1e3 * (time.process_time() - before))
@@ -159,7 +165,11 @@ class _Network:
         ):
             name = place.name.removeprefix(prefix)
             with contextlib.suppress(gs.SurgeryError):
-                edges = gs.graph(model, depth=place.name.count(".") + 1 if not prefix else 1).edges
+                edges = gs.graph(
+                    model,
+                    depth=place.name.count(".") + 1 if not prefix else 1,
+                    example_inputs=None if prefix else self.inputs,
+                ).edges
                 into = [edge for edge in edges if edge.target == name]
                 found = next((e for e in into if str(e.arg) == str(place.spot.argument)), None)
                 if found:
@@ -177,11 +187,9 @@ class _Network:
         if not _same_bits(plain_output, wanted_output):
             raise Skipped("the oracle's hook changes the forward")
         spliced.train(mode == "train")
-        try:
+        with self._left_as_it_was(spliced):
             output = call(spliced, inputs)
             found = gradients(spliced, output)
-        finally:
-            self._put_back()
         difference = _difference(output, wanted_output)
         if difference:
             raise Wrong(f"in {mode} mode {difference}")
@@ -207,8 +215,8 @@ class _Network:
 
     def _prove(self, spliced: nn.Module, mode: Mode) -> None:
         """The oracle has found that all is right: so must the proof."""
-        report = gs.verify_flip(spliced, self.model, self.inputs, mode=mode)
-        self._put_back()
+        with self._left_as_it_was(spliced):
+            report = gs.verify_flip(spliced, self.model, self.inputs, mode=mode)
         if not report.ok:
             raise Disagrees(f"in {mode} mode the proof says: {_line(report)}")
 
@@ -230,14 +238,14 @@ class _Network:
             plain, wanted = self._run(self.inputs, mode, None)
             m.train(mode == "train")
             head.train(mode == "train")
-            output = call(m, self.inputs)
-            task, logits = _without_logits(output)
-            difference = _difference(task, wanted)
-            if difference:
-                raise Wrong(f"in {mode} mode {difference}")
-            domain = gradients(m, (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum())
-            found = gradients(m, task_output(call(m, self.inputs)))
-            self._put_back()
+            with self._left_as_it_was(m):
+                output = call(m, self.inputs)
+                task, logits = _without_logits(output)
+                if difference := _difference(task, wanted):
+                    raise Wrong(f"in {mode} mode {difference}")
+                domain = gradients(m, _weighted(logits))
+            with self._left_as_it_was(m):  # a spectral norm goes on in every call
+                found = gradients(m, task_output(call(m, self.inputs)))
             off = [name for name in plain if not _equal(found.get(name), plain[name])]
             if off and not self._is_rounding(off, found, plain):
                 raise Wrong(f"in {mode} mode the task's gradient of {off[0]} is another one")
@@ -259,7 +267,7 @@ class _Network:
         again = head(caught[0])
         if not torch.equal(again, logits):
             raise Skipped("the head reads something else than the value at the point")
-        right = gradients(original, (again * torch.linspace(-1, 1, again.numel()).view_as(again)).sum())
+        right = gradients(original, _weighted(again))
         for name, wanted in right.items():
             if not _equal(found.get(name), None if wanted is None else -wanted) and not self._is_rounding(
                 [name], found, {name: None if wanted is None else -wanted}
@@ -373,6 +381,26 @@ class _Network:
                 if name in self.state and value.shape == self.state[name].shape:
                     value.data.copy_(self.state[name])
 
+    @contextlib.contextmanager
+    def _left_as_it_was(self, network: nn.Module) -> Iterator[None]:
+        """Put back what a run changes: tensors, and what modules count or keep in attributes."""
+        before = [(module, _own(module)) for module in network.modules()]
+        lists = [(v, [*v]) for _, kept in before for v in kept.values() if type(v) is list]
+        try:
+            yield
+        finally:
+            for module, kept in before:
+                for key in _own(module).keys() - kept.keys():
+                    del vars(module)[key]
+                vars(module).update(kept)
+            for value, items in lists:
+                value[:] = items
+            for path, module in network.named_modules():
+                with contextlib.suppress(AttributeError):  # a head, or a reversal
+                    own = self.model.get_submodule(path)._buffers
+                    module._buffers.update((name, own[name]) for name in module._buffers if name in own)
+            self._put_back()
+
 
 _SILENT = "no gradient"
 _FLAGS: dict[str, Any] = {
@@ -387,8 +415,11 @@ _THROUGH_KWARGS = ("output_hidden_states", "return_dict")
 # ------------------------------------------------------------------------------------------------- places
 
 
-def _places(seen: Mapping[Mode, Recording]) -> Iterator[_Place]:
-    """Early, middle and late boundaries of modules; an operation and an edge of a block in the middle."""
+def _places(seen: Mapping[Mode, Recording], batch: int) -> Iterator[_Place]:
+    """Early, middle and late boundaries of modules; an operation and an edge of a block in the middle.
+
+    A head reads the value nearest to the middle that has a row for each sample: experts have one a token.
+    """
     both = [
         item for item in seen["train"].modules if _is_plain(item, seen) and _in(item, seen["eval"].modules)
     ]
@@ -401,8 +432,10 @@ def _places(seen: Mapping[Mode, Recording]) -> Iterator[_Place]:
     if blocks is not both and len(blocks) < 3:
         chosen = [both[0], both[len(both) // 2], both[-1]]
     for role, item in zip(("early", "middle", "late"), chosen, strict=True) if both else ():
-        key = item.spot.key
-        yield _Place(role, item.spot.path + ("" if key is None else f"[{key}]"), item.spot)
+        yield _Place(role, _name_of(item.spot), item.spot)
+    sized = [place for place, item in enumerate(blocks) if item.value.dim() and item.value.shape[0] == batch]
+    for place in sorted(sized, key=lambda place: abs(place - len(blocks) // 2))[:1]:
+        yield _Place("head", _name_of(blocks[place].spot), blocks[place].spot)
     operations = [
         item
         for item in seen["train"].operations
@@ -416,6 +449,10 @@ def _places(seen: Mapping[Mode, Recording]) -> Iterator[_Place]:
         item = edges[len(edges) // 2]
         spot = Spot(item.spot.path, operation="add", count=item.spot.count, argument=1)
         yield _Place("edge", _operation_name(item, seen), spot)
+
+
+def _name_of(spot: Spot) -> str:
+    return spot.path + ("" if spot.key is None else f"[{spot.key}]")
 
 
 def _is_plain(item: Seen, seen: Mapping[Mode, Recording], strict: bool = True) -> bool:
@@ -465,6 +502,10 @@ _TELLING = (
 def task_output(output: Any) -> Any:
     """The network's own output, without the logits of its domain head."""
     return _without_logits(output)[0]
+
+
+def _weighted(logits: torch.Tensor) -> torch.Tensor:
+    return (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum()
 
 
 def _without_logits(output: Any) -> tuple[Any, torch.Tensor]:
@@ -540,6 +581,11 @@ def _values(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Buffers, and parameters too: a codebook writes into its own in the forward."""
     yield from model.named_parameters()
     yield from model.named_buffers()
+
+
+def _own(module: nn.Module) -> dict[str, Any]:
+    """What a module holds under names of its own, beside registered tensors and other modules."""
+    return {key: value for key, value in vars(module).items() if key[0] != "_" and key != "training"}
 
 
 def _line(value: object) -> str:

@@ -1,4 +1,4 @@
-"""Processes that live long, each with a time limit and a memory limit for every piece of work."""
+"""Worker processes with a time limit and a memory limit for every piece of work."""
 
 from __future__ import annotations
 

@@ -1,1 +1,0 @@
-"""The commands, one file each: they parse, call the library and print."""

@@ -1,0 +1,1 @@
+"""Writes spliced networks to files and reads them back."""

@@ -1,0 +1,1 @@
+"""Layers: the reversal, domain heads and the pools in front of them."""

@@ -1,0 +1,1 @@
+"""Cuts a network at points, and puts reversals and heads there."""

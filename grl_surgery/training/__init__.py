@@ -1,0 +1,1 @@
+"""What a training loop needs: losses, schedules of the coefficient, metrics."""

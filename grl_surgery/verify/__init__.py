@@ -1,0 +1,1 @@
+"""Proves by autograd which gradients a network reverses."""
