@@ -33,7 +33,7 @@ from small_networks import (
 from torch import nn
 
 import grl_surgery as gs
-from grl_surgery import cli
+from grl_surgery.cli import main as cli
 
 
 @dataclass(frozen=True)
@@ -441,8 +441,23 @@ TABLE = [
         "gs.reverse_gradient(x, coeff=torch.ones(5))",
         "ShapeError",
         "coeff has shape (5,) and the input (2, 3, 8, 8); a coefficient is a number, a 0-d tensor, "
-        "or a tensor with one number for each sample along the first dimension\n"
+        "a tensor with one number for each sample along the first dimension, or one that broadcasts "
+        "against the input\n"
         "  for example: reverse_gradient(x, torch.ones(x.shape[0]))",
+        "Coefficients",
+    ),
+    BadInput(
+        "gs.GradientReversal(clip=0.0)",
+        "SurgeryError",
+        "clip is 0.0; it must be a positive number: each entry of the gradient is clamped to [-clip, "
+        "clip]\n"
+        "  for example: GradientReversal(clip=0.5)",
+        "Coefficients",
+    ),
+    BadInput(
+        "gs.CoefficientScheduler(gs.GradientReversal(), gs.schedules.dual_ascent(0.69), 10).step()",
+        "SurgeryError",
+        "dual_ascent follows the domain loss\n  for example: scheduler.step(domain_loss(logits, domains))",
         "Coefficients",
     ),
     BadInput(
@@ -587,11 +602,24 @@ TABLE = [
         "Heads",
     ),
     BadInput(
-        'gs.attach_domain_head(model, ["stage1", "stage2"], example_inputs=x)',
+        'gs.attach_domain_head(model, ["stage1", "fc"], example_inputs=x)',
         "SurgeryError",
-        "a head reads one point, and after=['stage1', 'stage2'] stands for 2\n"
-        "  nearest: stage1, stage2\n"
-        "  for example: after='stage1'",
+        "one head cannot read values with different axes: 'stage1' (2, 4, 8, 8), 'fc' (2, 3)\n"
+        "  nearest: stage1, fc\n"
+        "  for example: after='stage1', and another head for the others",
+        "Heads",
+    ),
+    BadInput(
+        'gs.attach_domain_head(model, "stage1", kind="wgan", example_inputs=x)',
+        "SurgeryError",
+        "kind='wgan' is not known\n  nearest: dann, mdd, wdgrl\n  for example: kind='mdd'",
+        "Heads",
+    ),
+    BadInput(
+        'gs.attach_domain_head(model, "stage1", kind="mdd", example_inputs=x)',
+        "SurgeryError",
+        "kind='mdd' is a second classifier of the task, and needs its number of classes\n"
+        "  for example: kind='mdd', num_classes=10",
         "Heads",
     ),
     BadInput(
@@ -667,9 +695,9 @@ TABLE = [
         "Heads",
     ),
     BadInput(
-        'gs.attach_domain_head(model, "stage1", dropout=None, example_inputs=x)',
+        'gs.attach_domain_head(model, "stage1", dropout="0.5", example_inputs=x)',
         "SurgeryError",
-        "dropout is None, but must be in [0, 1): at 1 nothing is left to learn from\n"
+        "dropout is '0.5', but must be in [0, 1): at 1 nothing is left to learn from\n"
         "  for example: DomainClassifier(512, dropout=0.5)",
         "Heads",
     ),
@@ -727,7 +755,8 @@ TABLE = [
     BadInput(
         "gs.verify_flip(model, example_inputs=x).raise_if_failed()",
         "FlipError",
-        "20 downstream unchanged; forward identical\n- there is no reversal in this network",
+        "there is no reversal in this network; 20 downstream unchanged; forward identical\n"
+        "- there is no reversal in this network",
         "Verification",
     ),
     BadInput(
@@ -779,7 +808,8 @@ TABLE = [
     BadInput(
         'gs.verify_flip(gs.insert_grl(frozen(Net()), after="stem"), example_inputs=x).raise_if_failed()',
         "FlipError",
-        "forward identical\n"
+        "NOT PROVED: no parameter upstream of a reversal receives a gradient, so nothing is proved; "
+        "forward identical; 1 of 1 reversals WRONG\n"
         "- no parameter upstream of a reversal receives a gradient, so nothing is proved\n"
         "- reversal grl_stem (after stem): no gradient reaches it",
         "Verification",
@@ -808,7 +838,8 @@ TABLE = [
     BadInput(
         'gs.verify_flip(gs.insert_grl(Counting(), after="fc"), example_inputs=vector()).raise_if_failed()',
         "FlipError",
-        "2 without signal; forward identical\n"
+        "NOT PROVED: no parameter upstream of a reversal receives a gradient, so nothing is proved; "
+        "2 without signal; forward identical; 1 of 1 reversals WRONG\n"
         "- no parameter upstream of a reversal receives a gradient, so nothing is proved\n"
         "- reversal grl_fc (after fc): no gradient reaches it",
         "Verification",
@@ -1137,7 +1168,7 @@ TABLE = [
         "2",
         "error: coeff is -1.0; it must be finite and not negative: the gradient is multiplied by "
         "-coeff, so that a negative one un-reverses it, and infinity or nan destroys it\n"
-        "  for example: --coeff 0.5",
+        "  for example: --coeff 0.5, or --coeff=-0.5 --signed on purpose",
         "The command line",
     ),
     BadInput(

@@ -26,15 +26,32 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "robustness.md"
 BEGIN, END = "<!-- mutants: begin -->", "<!-- mutants: end -->"
 
-SURGERY = ("test_in_place.py", "test_splicing.py", "test_sharing.py", "test_points.py", "test_tracing.py")
-CALLS = ("test_scoped.py", "test_opaque.py", "test_attaching.py", "test_transformers_networks.py")
-STATE = ("test_python_state.py",)
-HEADS = ("test_attaching.py",)
-SHARING = ("test_sharing.py", "test_scoped.py", "test_spliced_module.py")
-PROOF = ("test_verification.py", "test_broken_surgeries.py")
-REVERSAL = ("test_reversal.py",)
-CONTEXTS = ("test_reversal_contexts.py",)
-FILES = ("test_bad_input.py", "test_exporting_hostile.py")
+SURGERY = (
+    "capture/test_aliasing.py",
+    "surgery/test_insert.py",
+    "isolation/test_shared_copy.py",
+    "test_points.py",
+    "capture/test_capture.py",
+)
+CALLS = (
+    "surgery/test_submodule_surgery.py",
+    "surgery/test_untraceable_networks.py",
+    "surgery/test_attach_head.py",
+    "surgery/test_transformers_networks.py",
+)
+STATE = ("capture/test_python_state.py",)
+HEADS = ("surgery/test_attach_head.py",)
+SHARING = (
+    "isolation/test_shared_copy.py",
+    "surgery/test_submodule_surgery.py",
+    "surgery/test_spliced_module.py",
+)
+PROOF = ("verify/test_verify_flip.py", "verify/test_broken_surgeries.py")
+COST = ("verify/test_cost.py",)
+WAYS = ("verify/test_forty_ways.py",)
+REVERSAL = ("nn/test_reversal.py",)
+CONTEXTS = ("nn/test_reversal_contexts.py",)
+FILES = ("test_bad_input.py", "io/test_export_hostile.py")
 
 
 @dataclass(frozen=True)
@@ -48,171 +65,272 @@ class Mutant:
 
 
 MUTANTS = [
-    Mutant("call_hooks.py", "        if not found:\n", "        if False:\n"),
     Mutant(
-        "call_hooks.py",
+        "surgery/call_record.py",
+        "hidden = self.spliced if self.record.is_open() else ()",
+        "hidden = ()",
+        SHARING,
+    ),
+    Mutant(
+        "surgery/call_record.py",
+        "from_before = _whole(self.before).grad_fn is not self.made_before",
+        "from_before = False",
+        SHARING,
+    ),
+    Mutant(
+        "surgery/call_record.py",
+        "from_after = self.is_held and self.after.grad_fn is not self.made_after",
+        "from_after = False",
+        SHARING,
+    ),
+    Mutant("surgery/insert.py", "[cut for cut in cuts if cut.has_items]", "[]", SHARING),
+    Mutant("surgery/call_hooks.py", "        if not found:\n", "        if False:\n"),
+    Mutant(
+        "surgery/call_record.py",
         "kept = value.clone() if isinstance(value, torch.Tensor) else value",
         "kept = value",
         CALLS,
     ),
     Mutant(
-        "call_hooks.py",
+        "surgery/call_hooks.py",
         "return found[0] if len(found) == 1 else tuple(found) or None",
         "return found[0]",
         CALLS,
     ),
-    Mutant("call_hooks.py", "twin.record = self.record.of_copy(made)", "pass", CALLS),
-    Mutant("operations.py", "        self.seen[name] += 1\n", "", CALLS),
-    Mutant("operations.py", "mode.depth += 1", "mode.depth += 0", CALLS),
-    Mutant("scoped.py", "        _refuse_ways_past(base, cut, paths)\n", "        pass\n", SHARING),
-    Mutant("scoped.py", 'if not hasattr(type(base.get_submodule(path)), "__iter__")', "", SHARING),
-    Mutant("head_outputs.py", "extended = _copied(output)", "extended = output", CALLS),
+    Mutant("surgery/call_hooks.py", "twin.record = self.record.of_copy(made)", "pass", CALLS),
+    Mutant("surgery/operations.py", "        self.seen[name] += 1\n", "", CALLS),
+    Mutant("surgery/operations.py", "mode.depth += 1", "mode.depth += 0", CALLS),
     Mutant(
-        "tracer.py", "            _refuse_narrowing(root_fn, parameters)\n", "            pass\n", SURGERY
+        "surgery/submodule_surgery.py",
+        "        refuse_ways_past(base, cut, paths)\n",
+        "        pass\n",
+        SHARING,
     ),
-    Mutant("reversal.py", "factor = -inputs[1]", "factor = inputs[1]", REVERSAL),
     Mutant(
-        "reversal.py",
+        "surgery/submodule_surgery.py",
+        'if not hasattr(type(base.get_submodule(path)), "__iter__")',
+        "",
+        SHARING,
+    ),
+    Mutant("surgery/head_outputs.py", "extended = _copied(output)", "extended = output", CALLS),
+    Mutant(
+        "capture/tracer.py",
+        "            refuse_narrowing(root_fn, parameters)\n",
+        "            pass\n",
+        SURGERY,
+    ),
+    Mutant("nn/reversal.py", "factor, ctx.rule = -inputs[1], ", "factor, ctx.rule = inputs[1], ", REVERSAL),
+    Mutant(
+        "nn/reversal.py",
         "return scaled if scaled.dtype == grad.dtype else scaled.to(grad.dtype)",
         "return scaled",
         REVERSAL,
     ),
-    Mutant("reversal.py", "scaled = grad * factor", "scaled = grad / factor", REVERSAL),
-    Mutant("reversal.py", 'return "view"', 'return "detached"', REVERSAL),
-    Mutant("reversal.py", "coeff.dim() != 1 or x.dim() == 0 or ", "", REVERSAL),
-    Mutant("reversal.py", "if not coeff.is_floating_point():", "if False:", REVERSAL),
-    Mutant("reversal.py", "    return x.clone()\n", "    return x\n", CONTEXTS),
-    Mutant("cutting.py", "for user in users:", "for user in users[1:]:"),
-    Mutant("cutting.py", "for user in users:", "for user in users[:1]:"),
-    Mutant("cutting.py", "return len(users)", "return 1"),
-    Mutant("cutting.py", "return len(slots)", "return 1"),
-    Mutant("cutting.py", "if place != arg:", "if False:"),
-    Mutant("cutting.py", "if source not in made:", "if True:"),
-    Mutant("cutting.py", "if len(found) > 1:", "if False:"),
-    Mutant("cutting.py", "if nodes and not found:", "if False:"),
-    Mutant("cutting.py", "if missing is not None and not changed:", "if missing is not None:"),
-    Mutant("cutting.py", "if is_size(node):", "if False:"),
-    Mutant("cutting.py", "        refuse_lost_writes(model, graph, reversals, once)\n", ""),
-    Mutant("cutting.py", "        _erase_boundaries(graph)\n", ""),
-    Mutant("cutting.py", "if user.target is operator.getitem and user.args[0] is node]", "]"),
-    Mutant("cutting.py", 'while node.op == "placeholder" and node.next.op == "placeholder":', "while False:"),
-    Mutant("in_place.py", "if places[user] > places[node]:", "if True:"),
-    Mutant("in_place.py", "if places[user] > places[node]:", "if places[user] > places[node] + 1:"),
-    Mutant("in_place.py", 'name in IN_PLACE or name == "setitem"', 'name == "setitem"'),
-    Mutant("in_place.py", 'node.kwargs.get("inplace") is True', "False"),
-    Mutant("in_place.py", 'getattr(held, "inplace", False) is True', "False"),
-    Mutant("in_place.py", "(value in side) != (read in side)", "False"),
-    Mutant("in_place.py", " flatten from_dlpack", " from_dlpack"),
-    Mutant("tracer.py", "return name[1:]", "return name"),
+    Mutant("nn/reversal.py", "scaled = limited * factor", "scaled = limited / factor", REVERSAL),
+    Mutant("nn/reversal.py", 'return "view"', 'return "detached"', REVERSAL),
+    Mutant("nn/reversal.py", "coeff.dim() != 1 or x.dim() == 0 or ", "", REVERSAL),
+    Mutant("nn/reversal.py", "if not coeff.is_floating_point():", "if False:", REVERSAL),
+    Mutant("nn/reversal.py", "    return x.clone()\n", "    return x\n", CONTEXTS),
+    Mutant("surgery/graph_rewrite.py", "for user in users:", "for user in users[1:]:"),
+    Mutant("surgery/graph_rewrite.py", "for user in users:", "for user in users[:1]:"),
+    Mutant("surgery/graph_rewrite.py", "return len(users)", "return 1"),
+    Mutant("surgery/graph_rewrite.py", "return len(slots)", "return 1"),
+    Mutant("surgery/graph_rewrite.py", "if place != arg:", "if False:"),
+    Mutant("surgery/graph_rewrite.py", "if source not in made:", "if True:"),
+    Mutant("surgery/graph_rewrite.py", "if len(found) > 1:", "if False:"),
+    Mutant("surgery/graph_rewrite.py", "if nodes and not found:", "if False:"),
+    Mutant("surgery/graph_rewrite.py", "if missing is not None and not changed:", "if missing is not None:"),
+    Mutant("surgery/graph_rewrite.py", "if is_size(node):", "if False:"),
+    Mutant("surgery/graph_rewrite.py", "        refuse_lost_writes(model, graph, reversals, once)\n", ""),
+    Mutant("surgery/graph_rewrite.py", "        _erase_boundaries(graph)\n", ""),
+    Mutant("surgery/graph_rewrite.py", "if user.target is operator.getitem and user.args[0] is node]", "]"),
     Mutant(
-        "tracer.py", '            raise RuntimeError(f"part of it runs', '            print(f"part of it runs'
+        "surgery/graph_rewrite.py",
+        'while node.op == "placeholder" and node.next.op == "placeholder":',
+        "while False:",
     ),
-    Mutant("tracer.py", "        _refuse_hooks(m, path)\n", ""),
-    Mutant("tracer.py", "self.steering.add(attr_val.path)", "pass"),
-    Mutant("tracer.py", "        self.refuse_randomness()\n        self.inside", "        self.inside"),
-    Mutant("tracer.py", "            self.refuse_changes()\n", "", STATE),
-    Mutant("tracer.py", 'boundary="out" if arg is None else "in"', 'boundary="in"'),
-    Mutant("tracing.py", "            follow(model, graph)\n", ""),
-    Mutant("tracing.py", "for mode in (True, False, None) if mode in variants", "for mode in variants"),
-    Mutant("tracing.py", "for mode in (True, False) if read else ():", "for mode in () if read else ():"),
-    Mutant("tracer.py", "                raise Unseen(", "                print(", CALLS),
-    Mutant("tracing.py", "                opened |= hidden\n                continue\n", "", CALLS),
-    Mutant("tracing.py", "        waiting += around - found\n        found |= around\n", ""),
-    Mutant("cutting.py", "            if not deeper:\n", "            if True:\n"),
-    Mutant("in_place.py", "same is not value and same in node.all_input_nodes", "False"),
-    Mutant("in_place.py", "node.all_input_nodes if effects(module).returns else []", "[]"),
-    Mutant("in_place.py", "if _is_unknown(node) or name", "if name"),
-    Mutant("in_place.py", "last_read[shared[value]] > place or together", "together"),
-    Mutant("in_place.py", " or together[shared[value]] > 1", ""),
-    Mutant("effects.py", "any_argument(returned)", "False"),
-    Mutant("effects.py", "any_argument(written)", "False"),
+    Mutant("capture/aliasing.py", "if places[user] > places[node]:", "if True:"),
+    Mutant("capture/aliasing.py", "if places[user] > places[node]:", "if places[user] > places[node] + 1:"),
+    Mutant("capture/aliasing.py", 'name in IN_PLACE or name == "setitem"', 'name == "setitem"'),
+    Mutant("capture/aliasing.py", 'node.kwargs.get("inplace") is True', "False"),
+    Mutant("capture/aliasing.py", 'getattr(held, "inplace", False) is True', "False"),
+    Mutant("capture/aliasing.py", "(value in side) != (read in side)", "False"),
+    Mutant("capture/aliasing.py", " flatten from_dlpack", " from_dlpack"),
+    Mutant("capture/node_names.py", "return name[1:]", "return name"),
     Mutant(
-        "cutting.py",
+        "capture/tracer.py",
+        '            raise RuntimeError(f"part of it runs',
+        '            print(f"part of it runs',
+    ),
+    Mutant("capture/tracer.py", "        refuse_hooks(m, path)\n", ""),
+    Mutant("capture/tracer.py", "self.mode_dependent.add(attr_val.path)", "pass"),
+    Mutant(
+        "capture/tracer.py", "        self.refuse_randomness()\n        self.inside", "        self.inside"
+    ),
+    Mutant("capture/tracer.py", "            self.refuse_changes()\n", "", STATE),
+    Mutant("capture/tracer.py", 'boundary="out" if arg is None else "in"', 'boundary="in"'),
+    Mutant("capture/capture.py", "            redirect_in_place_uses(model, graph)\n", ""),
+    Mutant(
+        "capture/capture.py", "for mode in (True, False, None) if mode in variants", "for mode in variants"
+    ),
+    Mutant(
+        "capture/capture.py", "for mode in (True, False) if read else ():", "for mode in () if read else ():"
+    ),
+    Mutant(
+        "capture/tracer.py", "                raise OpaqueValueInspected(", "                print(", CALLS
+    ),
+    Mutant(
+        "capture/capture.py",
+        "                traced_modules |= hidden\n                continue\n",
+        "",
+        CALLS,
+    ),
+    Mutant("capture/capture.py", "        waiting += around - found\n        found |= around\n", ""),
+    Mutant("surgery/graph_rewrite.py", "            if not deeper:\n", "            if True:\n"),
+    Mutant("capture/aliasing.py", "same is not value and same in node.all_input_nodes", "False"),
+    Mutant("capture/aliasing.py", "node.all_input_nodes if effects(module).returns else []", "[]"),
+    Mutant("capture/aliasing.py", "if _is_unknown(node) or name", "if name"),
+    Mutant("capture/aliasing.py", "last_read[shared[value]] > place or together", "together"),
+    Mutant("capture/aliasing.py", " or together[shared[value]] > 1", ""),
+    Mutant("capture/module_effects.py", "any_argument(returned)", "False"),
+    Mutant("capture/module_effects.py", "any_argument(written)", "False"),
+    Mutant(
+        "surgery/graph_rewrite.py",
         "                refuse_unseen_reads(model, graph, str(cut.at), effects)\n",
         "                pass\n",
     ),
-    Mutant("tracing.py", "sorted(calls.values(), key=_stored)", "list(calls.values())"),
-    Mutant("tracer.py", "_MACHINERY = (TORCH, ", '_MACHINERY = (f"{TORCH}fx", '),
-    Mutant("opaque.py", "        if proxy is None:\n", "        if True:\n", CALLS),
+    Mutant("capture/capture.py", "sorted(calls.values(), key=_stored)", "list(calls.values())"),
+    Mutant("capture/node_names.py", "_MACHINERY = (TORCH, ", '_MACHINERY = (f"{TORCH}fx", '),
+    Mutant("nn/nested_reversal.py", "        if proxy is None:\n", "        if True:\n", CALLS),
     Mutant("points.py", "seen[base] += 1", "seen[base] += 2"),
     Mutant("points.py", "total[base] == 1", "total[base] >= 1"),
     Mutant("points.py", 'return path.replace("#", "##")', "return path"),
     Mutant("points.py", "int(alias[2]) + 1", "int(alias[2])"),
     Mutant("points.py", '"*": r"[^.]*"', '"*": r".*"'),
     Mutant("points.py", "fullmatch(name) or", "match(name) or"),
-    Mutant("trace_copy.py", " and id(module) not in listed", ""),
-    Mutant("trace_copy.py", "flag if mode is None else mode", "flag"),
-    Mutant("generators.py", "        torch.random.set_rng_state(torch_state)\n", ""),
-    Mutant("generators.py", "        random.setstate(python_state)\n", ""),
-    Mutant("sharing.py", "redirection.hooks(value) if value else OrderedDict()", "value", SHARING),
-    Mutant("sharing.py", "copied = self.made[id(value)] = value.copy()", "copied = value.copy()", SHARING),
-    Mutant("sharing.py", "self.twins.get(id(hook.module()), hook.module())", "hook.module()", SHARING),
-    Mutant("spliced_module.py", "        self.grl_original.train(mode)\n", ""),
-    Mutant("spliced_module.py", "persistent=False", "persistent=True"),
+    Mutant("capture/traceable_copy.py", " and id(module) not in listed", ""),
+    Mutant("capture/traceable_copy.py", "flag if mode is None else mode", "flag"),
+    Mutant("isolation/rng_state.py", "        torch.random.set_rng_state(torch_state)\n", ""),
+    Mutant("isolation/rng_state.py", "        random.setstate(python_state)\n", ""),
     Mutant(
-        "spliced_module.py",
+        "isolation/shared_copy.py", "redirection.hooks(value) if value else OrderedDict()", "value", SHARING
+    ),
+    Mutant(
+        "isolation/shared_copy.py",
+        "copied = self.made[id(value)] = value.copy()",
+        "copied = value.copy()",
+        SHARING,
+    ),
+    Mutant(
+        "isolation/shared_copy.py",
+        "self.twins.get(id(hook.module()), hook.module())",
+        "hook.module()",
+        SHARING,
+    ),
+    Mutant("surgery/spliced_module.py", "        self.grl_original.train(mode)\n", ""),
+    Mutant("surgery/spliced_module.py", "persistent=False", "persistent=True"),
+    Mutant(
+        "surgery/spliced_module.py",
         "            variants[flags] = kind.forward\n",
         "            variants[flags] = kind.forward\n            break\n",
     ),
-    Mutant("selection.py", "if isinstance(part, str) and part:", "if isinstance(part, str):", FILES),
-    Mutant("oracle.py", "{-sign if spliced else sign for sign in signs}", "set(signs)", PROOF),
-    Mutant("oracle.py", "y.register_hook(torch.neg)", "y.register_hook(lambda g: g)", PROOF),
-    Mutant("measurement.py", "torch.ones_like(buffers[name])", "buffers[name]", PROOF),
-    Mutant("measurement.py", "if value.numel() and not value.any():", "if False:", PROOF),
-    Mutant("verification.py", "torch.equal(after, -before)", "torch.equal(after, before)", PROOF),
-    Mutant("verification.py", 'ok = measured in (words, "no signal")', "ok = True", PROOF),
-    Mutant("verification.py", "_ANOTHER_COEFF = 0.375", "_ANOTHER_COEFF = 1.0", PROOF),
+    Mutant("surgery/selectors.py", "if isinstance(part, str) and part:", "if isinstance(part, str):", FILES),
     Mutant(
-        "files/atomic_files.py",
+        "verify/reference_model.py", "{-sign if spliced else sign for sign in signs}", "set(signs)", PROOF
+    ),
+    Mutant("verify/reference_model.py", "y.register_hook(torch.neg)", "y.register_hook(lambda g: g)", PROOF),
+    Mutant("verify/experiment.py", "torch.ones_like(buffers[name])", "buffers[name]", PROOF),
+    Mutant("verify/experiment.py", "if fills_zeros and _is_all_zero(value):", "if False:", PROOF),
+    Mutant("verify/experiment.py", "gradient, leaf.grad = leaf.grad, None", "gradient = leaf.grad", COST),
+    Mutant("verify/experiment.py", "if len(set(arrived)) < len(arrived):", "if False:", WAYS),
+    Mutant(
+        "verify/shared_weights.py", "leaf, storage = value.data, ", "leaf, storage = clone(value), ", COST
+    ),
+    Mutant("verify/shared_weights.py", "self._watched[address].copy_(values)", "pass", COST),
+    Mutant("verify/fingerprint.py", "add_(units, alpha=factor)", "add_(units)", COST),
+    Mutant("verify/fingerprint.py", "torch.rsub(block, 0.0) if negated else ", "", COST),
+    Mutant("verify/verify_flip.py", "after.negates(before)", "after.equals(before)", PROOF),
+    Mutant("verify/verify_flip.py", "ok = measured in (words, *_SILENT)", "ok = True", PROOF),
+    Mutant("verify/verify_flip.py", "frozenset({1} if head == objective else ())", "None", WAYS),
+    Mutant("doctor/foreign_reversals.py", "self.detached.add(kind)", "pass", WAYS),
+    Mutant(
+        "doctor/foreign_reversals.py", '_buffers["coeff"] = torch.tensor(-1.0)', '_buffers["coeff"]', WAYS
+    ),
+    Mutant("verify/layer_checks.py", "_ANOTHER_COEFF = 0.375", "_ANOTHER_COEFF = 1.0", PROOF),
+    Mutant(
+        "io/atomic_write.py",
         "        os.replace(draft, place)\n",
         "        shutil.copy(draft, place)\n",
         FILES,
     ),
-    Mutant("made_tensors.py", "self.overwritten.add(storage.data_ptr())", "pass", STATE),
-    Mutant("made_tensors.py", "                self.refuse_own(first)\n", "                pass\n", STATE),
-    Mutant("made_tensors.py", "_version(made.tensor) != made.version", "False", STATE),
-    Mutant("tracing.py", "            node.replace_all_uses_with(copy)\n", "", STATE),
-    Mutant("tracer.py", "if self.refusal is not None:", "if False:", STATE),
-    Mutant("python_state.py", "                _put_back(value, content)\n", "                pass\n", STATE),
-    Mutant("python_state.py", "_differs(value, content) and not _is_memo(value, content)", "False", STATE),
-    Mutant("python_state.py", "not _is_from_inputs(item.node)", "True", STATE),
-    Mutant("in_place.py", "elif node.target is reverse_each:", "elif False:"),
-    Mutant("scoped.py", "    if way is not None:\n", "    if False:\n", SHARING),
-    Mutant("sharing.py", "            elif key != COMPILED:\n", "            else:\n", SHARING),
-    Mutant("trace_copy.py", "if path and overrides_call(module):", "if False:", SHARING),
+    Mutant("capture/forward_constants.py", "self.overwritten.add(storage.data_ptr())", "pass", STATE),
     Mutant(
-        "verification.py",
-        'elif all(row.ok and row.measured in ("unchanged", "no signal") for row in rows):',
+        "capture/forward_constants.py",
+        "                self.refuse_own(first)\n",
+        "                pass\n",
+        STATE,
+    ),
+    Mutant("capture/forward_constants.py", "_version(made.tensor) != made.version", "False", STATE),
+    Mutant("capture/capture.py", "            node.replace_all_uses_with(copy)\n", "", STATE),
+    Mutant("capture/tracer.py", "if self.refusal is not None:", "if False:", STATE),
+    Mutant(
+        "capture/python_state.py",
+        "                _put_back(value, content)\n",
+        "                pass\n",
+        STATE,
+    ),
+    Mutant(
+        "capture/python_state.py",
+        "_differs(value, content) and not _is_memo(value, content)",
+        "False",
+        STATE,
+    ),
+    Mutant("capture/python_state.py", "not _is_from_inputs(item.node)", "True", STATE),
+    Mutant("capture/aliasing.py", "elif node.target is reverse_nested:", "elif False:"),
+    Mutant("surgery/submodule_surgery.py", "    if way is not None:\n", "    if False:\n", SHARING),
+    Mutant("isolation/shared_copy.py", "            elif key != COMPILED:\n", "            else:\n", SHARING),
+    Mutant("capture/traceable_copy.py", "if path and overrides_call(module):", "if False:", SHARING),
+    Mutant(
+        "verify/verify_flip.py",
+        'elif all(row.ok and row.measured in ("unchanged", *_SILENT) for row in rows):',
         "elif False:",
         PROOF,
     ),
-    Mutant("comparison.py", "_kind(wanted) is not _kind(found) or ", "", PROOF),
-    Mutant("measurement.py", "if same_bits(leaf.detach(), self.values[name].detach())", "if True", PROOF),
-    Mutant("files/atomic_files.py", "        check(draft)\n", "", FILES),
-    Mutant("cutting.py", "    if not overwritten:\n        return node\n", "    return node\n", HEADS),
-    Mutant("cutting.py", ' if "for_head" not in user.meta]', "]", HEADS),
-    Mutant("in_place.py", "if held.overwrites or not held.known:", "if held.overwrites:", HEADS),
+    Mutant("verify/compare.py", "_kind(wanted) is not _kind(found) or ", "", PROOF),
+    Mutant("verify/shared_weights.py", "if not same_bits(leaf.detach(), before):", "if False:", COST),
+    Mutant("io/atomic_write.py", "        check(draft)\n", "", FILES),
     Mutant(
-        "model_graph.py",
+        "surgery/graph_rewrite.py",
+        "    if not overwritten:\n        return node\n",
+        "    return node\n",
+        HEADS,
+    ),
+    Mutant("surgery/graph_rewrite.py", ' if "for_head" not in user.meta]', "]", HEADS),
+    Mutant("capture/aliasing.py", "if held.overwrites or not held.known:", "if held.overwrites:", HEADS),
+    Mutant(
+        "surgery/describe.py",
         "    if failure and not shapes.keys() >= set(nodes):\n",
         "    if False:\n",
         HEADS,
     ),
     Mutant(
-        "model_graph.py", "random_state_kept(), python_state_kept(dict(model.named_modules())), ", "", STATE
+        "surgery/describe.py",
+        "preserve_rng_state(), preserve_python_state(dict(model.named_modules())), ",
+        "",
+        STATE,
     ),
-    Mutant("python_state.py", "        value.cache_clear()\n", "        pass\n", STATE),
-    Mutant("in_place.py", "if is_bypassed or (call in shared", "if (call in shared"),
-    Mutant("in_place.py", "    _refuse_lost_passes(graph, {call: name for call, _, name in calls})\n", ""),
+    Mutant("capture/python_state.py", "        value.cache_clear()\n", "        pass\n", STATE),
+    Mutant("capture/aliasing.py", "if is_bypassed or (call in shared", "if (call in shared"),
     Mutant(
-        "oracle.py",
+        "capture/aliasing.py", "    _refuse_lost_passes(graph, {call: name for call, _, name in calls})\n", ""
+    ),
+    Mutant(
+        "verify/reference_model.py",
         "for path, cuts in by_part if cuts]",
         "for path, cuts in by_part if False]",
-        ("test_diagnosis_adopting.py",),
+        ("doctor/test_adopt.py",),
     ),
-    Mutant(
-        "files/program_archive.py", 'return node.attr == "size" and id(node) in called', "return True", FILES
-    ),
+    Mutant("io/pt2_archive.py", 'return node.attr == "size" and id(node) in called', "return True", FILES),
 ]
 
 

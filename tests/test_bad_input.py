@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from bad_input import TABLE, complaint_of, hooked, raised_by
+from oracles import assert_untouched, gradients, snapshot
 from small_networks import Net, image
-from test_splicing import assert_untouched, gradients, snapshot
 from torch import nn
 
 import grl_surgery as gs

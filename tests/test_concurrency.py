@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from oracles import assert_untouched, snapshot
 from small_networks import Modes, Net, Repeated, image, vector
-from test_splicing import assert_untouched, snapshot
 from torch import nn
 
 import grl_surgery as gs

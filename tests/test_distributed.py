@@ -5,15 +5,19 @@ from __future__ import annotations
 import copy
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from reversal_contexts import world_of_one
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import grl_surgery as gs
@@ -123,9 +127,7 @@ def test_under_fsdp_blocks_are_found_by_class_and_gradients_are_those_of_one_pro
 
 @pytest.fixture
 def thousand_ranks():
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1024)
+    dist.init_process_group("fake", rank=0, world_size=1024)
     yield
     dist.destroy_process_group()
 
@@ -145,3 +147,90 @@ def test_a_reversal_adds_no_collective_on_1024_ranks(thousand_ranks) -> None:
     with_reversal, without = collectives(network()), collectives(network(reversed=False))
     assert sum(without.values()) > 0
     assert with_reversal == without
+
+
+# --- Surgery and export where the parameters are shards
+
+
+@pytest.fixture
+def mesh() -> Iterator[object]:
+    with world_of_one() as mesh:
+        yield mesh
+
+
+def by_fsdp1(model: nn.Module, mesh: object) -> nn.Module:
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+
+
+def by_fsdp1_in_part(model: nn.Module, mesh: object) -> nn.Module:
+    model.block1 = FullyShardedDataParallel(model.block1, device_id=torch.device("cpu"))
+    return model
+
+
+def by_fsdp2(model: nn.Module, mesh: object) -> nn.Module:
+    return fully_shard(model, mesh=mesh)
+
+
+def by_fsdp2_in_part(model: nn.Module, mesh: object) -> nn.Module:
+    fully_shard(model.block1, mesh=mesh)
+    return model
+
+
+def by_tensor_parallelism(model: nn.Module, mesh: object) -> nn.Module:
+    plan = {"block1.first": ColwiseParallel(), "block1.second": RowwiseParallel()}
+    return parallelize_module(model, mesh, plan)
+
+
+SHARDINGS = {
+    by_fsdp1: r"this network is sharded \(FullyShardedDataParallel\)",
+    by_fsdp1_in_part: r"'block1' is sharded \(FullyShardedDataParallel\)",
+    by_fsdp2: r"this network is sharded \((DTensor|FSDPModule)\)",
+    by_fsdp2_in_part: r"'block1' is sharded \((DTensor|FSDPModule)\)",
+    by_tensor_parallelism: r"'block1.first' is sharded \(DTensor\)",
+}
+
+
+@pytest.mark.parametrize("surgery", [gs.insert_grl, gs.attach_domain_head])
+@pytest.mark.parametrize("sharding", SHARDINGS)
+# FSDP1 says that one process has nothing to shard, and newer versions of torch that it is the older one.
+@pytest.mark.filterwarnings("ignore:FSDP is switching", "ignore:.*FullyShardedDataParallel:FutureWarning")
+def test_surgery_after_sharding_is_refused_by_the_name_of_what_shards(sharding, surgery, mesh) -> None:
+    sharded = sharding(Blocks(), mesh)
+    with pytest.raises(gs.SurgeryError, match=SHARDINGS[sharding]) as refusal:
+        surgery(sharded, after="block2", example_inputs=shard(0))
+    assert "splice, then shard" in str(refusal.value)
+    assert f"m = {surgery.__name__}(model, ...)" in str(refusal.value)
+    sharded(shard(0)).sum().backward()  # it is as it was
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".pt2", ".onnx", ""])
+@pytest.mark.parametrize("sharding", SHARDINGS)
+@pytest.mark.filterwarnings("ignore:FSDP is switching", "ignore:.*FullyShardedDataParallel:FutureWarning")
+def test_a_sharded_network_is_not_exported_and_the_error_says_how(
+    sharding, ending: str, mesh, tmp_path: Path
+) -> None:
+    sharded = sharding(gs.insert_grl(Blocks(), after="block2"), mesh)
+    with pytest.raises(gs.ExportError, match="the network is sharded") as refusal:
+        gs.export(sharded, tmp_path / f"m{ending}", example_inputs=shard(0))
+    assert "gather the weights" in str(refusal.value)
+    assert "get_model_state_dict(m, options=StateDictOptions(full_state_dict=True))" in str(refusal.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+@pytest.mark.filterwarnings("ignore:FSDP is switching", "ignore:.*FullyShardedDataParallel:FutureWarning")
+@pytest.mark.filterwarnings("ignore:When using ``NO_SHARD``:UserWarning")
+def test_what_the_error_says_makes_a_file_of_the_trained_weights(sharding, mesh, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sharded = sharding(gs.insert_grl(Blocks(), after="block2"), mesh)
+    optimizer = torch.optim.SGD(sharded.parameters(), lr=0.1)
+    sharded(shard(0)).square().sum().backward()
+    optimizer.step()
+
+    state = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True))
+    plain = gs.insert_grl(Blocks(), after="block2")
+    plain.load_state_dict(state)
+    file = gs.export(plain, tmp_path / "m.safetensors")
+
+    again = gs.load(file, model=Blocks())
+    assert torch.equal(again(shard(1)), sharded(shard(1)).detach())

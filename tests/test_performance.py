@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import grl_surgery as gs
-from grl_surgery import cutting
-from grl_surgery.effects import effects
+from grl_surgery.capture.module_effects import effects
+from grl_surgery.surgery import graph_rewrite as cutting
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks" / "performance"
 
@@ -211,8 +211,8 @@ def test_what_a_block_does_to_its_arguments_is_asked_where_it_matters_only(
 # --- verification
 
 
-# Broken: a verifier that runs every network twice.
-def test_a_verification_computes_no_more_than_two_training_steps() -> None:
+# Broken: a verifier that runs every network twice. Code of the user is run forward once more.
+def test_a_verification_computes_no_more_than_two_training_steps_and_a_forward() -> None:
     net, images = Net(), image()
     point = "stage1"
     spliced = gs.insert_grl(net, after=point)
@@ -220,7 +220,7 @@ def test_a_verification_computes_no_more_than_two_training_steps() -> None:
         spliced(images).sum().backward()
     with FlopCounterMode(display=False) as verification:
         assert gs.verify_flip(spliced, net, images).ok
-    assert 0 < verification.get_total_flops() <= 2 * step.get_total_flops()
+    assert 0 < verification.get_total_flops() <= 2.5 * step.get_total_flops()
 
 
 # --- starting
@@ -240,7 +240,7 @@ def top_level(modules: frozenset[str]) -> set[str]:
 
 # Broken: `import torch` at the top of a command.
 def test_the_command_line_imports_no_torch_before_it_is_needed() -> None:
-    assert "torch" not in top_level(imported_by("import grl_surgery.cli"))
+    assert "torch" not in top_level(imported_by("import grl_surgery.cli.main"))
 
 
 # Broken: `import timm` at the top of a module.

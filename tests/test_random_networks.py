@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from hypothesis import HealthCheck, assume, given, note, settings
 from hypothesis import strategies as st
+from oracles import snapshot
 from plain_interpreter import Interpreter, Reversal
 from random_networks import BATCH, SHAPES, Block, blocks, build, set_modes, source_of
-from test_splicing import snapshot
 from torch import nn
 from torch.utils import _pytree as pytree
 
 import grl_surgery as gs
-from grl_surgery.head_outputs import split_logits
+from grl_surgery.surgery.head_outputs import split_logits
 
 
 @dataclass

@@ -413,3 +413,52 @@ def test_the_other_half_of_the_progressive_coefficient_reverses_more_and_more() 
         sizes.append(gradient.norm().item())
     assert sizes[0] == 0.0
     assert sizes == sorted(set(sizes))
+
+
+class Progressive(nn.Module):
+    """The second tutorial's layer: it counts its forwards, and its coefficient goes from -1 to 1."""
+
+    def __init__(self, reverse: Callable[[Tensor, float], Tensor]) -> None:
+        super().__init__()
+        self.reverse, self.iteration = reverse, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        coeff = 2.0 * self.iteration / STEPS - 1.0
+        self.iteration += 1
+        return self.reverse(x, coeff)
+
+
+def trained(model: DANN, before_each_step: Callable[[], None] = lambda: None) -> list[dict[str, Tensor]]:
+    """The gradients of each step of a short run."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    steps = []
+    for _ in range(STEPS + 1):
+        before_each_step()
+        optimizer.zero_grad()
+        logits, domain_logits = model(IMAGES)
+        domains = functional.binary_cross_entropy_with_logits(domain_logits, DOMAINS)
+        (functional.cross_entropy(logits, CLASSES) + domains).backward()
+        steps.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        optimizer.step()
+    return steps
+
+
+def test_the_program_whose_coefficient_goes_from_minus_one_to_one_trains_as_the_tutorials() -> None:
+    printed = trained(dann(Progressive(Cloned.apply)))
+
+    function = trained(dann(Progressive(lambda x, coeff: gs.reverse_gradient(x, coeff, signed=True))))
+
+    layer = gs.GradientReversal(signed=True)
+    coefficients = iter(TUTORIALS_COEFFICIENTS)
+    by_hand = trained(dann(layer), lambda: layer.set_coeff(next(coefficients)))
+
+    model = dann(gs.GradientReversal(signed=True))
+    schedule = gs.schedules.linear(-1.0, 1.0, signed=True)
+    scheduler = gs.CoefficientScheduler(model, schedule, total_steps=STEPS)
+    started = iter([False] + [True] * STEPS)
+    scheduled = trained(model, lambda: scheduler.step() if next(started) else None)
+
+    for run in (function, by_hand, scheduled):
+        for step, (found, expected) in enumerate(zip(run, printed, strict=True)):
+            for name in expected:
+                assert torch.equal(found[name], expected[name]), (step, name)

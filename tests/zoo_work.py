@@ -1,4 +1,4 @@
-"""What the processes of tests/test_zoo.py work on; no torch here, so that they start fast."""
+"""What the processes of tests/zoo/test_zoo.py work on; no torch here, so that they start fast."""
 
 import os
 import time
