@@ -5,6 +5,7 @@ python docs/make_zoo_page.py
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -97,6 +98,8 @@ def _figures(structural: Mapping[str, Row], numeric: Mapping[str, Row], names: S
     seconds = sum(row.seconds for row in rows)
     splice = median(row.splice_ms for row in good)
     inside = sum(row.root == "inside" for row in good)
+    graphs = sum(row.facts.get("boundary") == 0 for row in good)
+    calls = sum(row.facts.get("graph") == 0 for row in good)
     real = sum(row.device == "cpu" for row in good)
     files = len(by_family(names))
     proved = sum(row.result == "ok" for row in numeric.values())
@@ -107,6 +110,8 @@ def _figures(structural: Mapping[str, Row], numeric: Mapping[str, Row], names: S
         f"Structural: {len(rows):,} tried in {seconds / 60:.0f} minutes of processor time, "
         f"{seconds / len(rows):.1f} s each; median of one `insert_grl` {splice:.0f} ms. "
         f"{inside} are cut inside modules, because their root cannot be traced; {real} ran on real tensors.",
+        f"Of each network, every result is a graph in {graphs:,}, and keeps its class in {calls:,}; "
+        f"in the other {len(good) - graphs - calls:,} that depends on the place.",
         f"Numeric: {proved} of {files} files; {flipped:,} gradients of parameters flipped, bit for bit; "
         f"{programs} exported and read back equal.",
         f"Measured with {', '.join(libraries)}.",
@@ -166,6 +171,7 @@ def ecosystem_lines(rows: Mapping[str, NetworkRow]) -> list[str]:
     dates = sorted({row.date for row in rows.values() if row.date})
     when = f"{dates[0]} to {dates[-1]}" if len(dates) > 1 else "".join(dates)
     lines += ["", f"Measured {when} with {', '.join(versions)}." if versions else "Nothing is measured yet."]
+    lines += _states(rows)
     for kind, title in (
         ("wrong", "Wrong"),
         ("disagrees", "Where the proof disagrees"),
@@ -181,6 +187,15 @@ def ecosystem_lines(rows: Mapping[str, NetworkRow]) -> list[str]:
         lines += ["", f"### {title}", "", *found] if found else []
     missing = [f"- `{row.name}`: {_plain(row.reason)}" for row in rows.values() if not row.built]
     return [*lines, "", "### Not built here", "", *missing] if missing else lines
+
+
+def _states(rows: Mapping[str, NetworkRow]) -> list[str]:
+    """Which states of this library were tried, where that was more than one."""
+    counts = Counter(row.code for row in rows.values())
+    if len(counts) < 2:
+        return []
+    said = [f"{count} with {code or 'one that nobody noted'}" for code, count in counts.most_common()]
+    return ["", f"The rows are of {len(counts)} states of this library's code: {', '.join(said)}."]
 
 
 def _plain(text: str) -> str:

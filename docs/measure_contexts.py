@@ -2,52 +2,42 @@
 
     python docs/measure_contexts.py
 
-The contexts are those of tests/test_reversal_contexts.py, so that the page and the tests say the same. Of the
-libraries on PyPI that have a reversal, those that are installed get a column.
+The contexts are those of tests/reversal_contexts.py, so that the page and the tests say the same. Each row of
+this library's columns is a process of its own; each other column is one process, which starts again where it
+dies. Of the libraries on PyPI that have a reversal, those that are installed get a column. A context whose
+library is not installed gets no row.
 """
 
 from __future__ import annotations
 
 import datetime
-import importlib
 import importlib.metadata
-import logging
 import platform
 import sys
-import warnings
-from collections.abc import Callable
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-
-import torch
-import torchvision
-from torch import Tensor
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-import pasted_reversals  # noqa: E402
-import test_reversal_contexts as contexts  # noqa: E402
+import reversal_contexts as contexts  # noqa: E402
+from fresh_processes import Parent  # noqa: E402
 
-COLUMNS = {
-    "pasted Function, number": pasted_reversals.float_coeff,
-    "pasted Function, tensor, setup_context + jvp": pasted_reversals.tensor_coeff,
-    "grl_surgery": contexts.function_of_number,
-    "grl_surgery, layer": contexts.layer(),
+OURS = {"grl_surgery": "contexts.function_of_number", "grl_surgery, layer": "contexts.layer()"}
+
+OTHERS = {
+    "pasted Function, number": "pasted_reversals.float_coeff",
+    "pasted Function, tensor, setup_context + jvp": "pasted_reversals.tensor_coeff",
 }
 
 PEERS = {
-    "pytorch-revgrad": ("pytorch_revgrad", lambda module: module.RevGrad(alpha=contexts.COEFF)),
-    "torch-gradient-reversal": (
-        "gradient_reversal",
-        lambda module: lambda x: module.gradient_reversal(x, contexts.COEFF),
-    ),
-    "pytorch-adapt": ("pytorch_adapt.layers", lambda module: module.GradientReversal(weight=contexts.COEFF)),
-    "skada": (
-        "skada.deep.modules",
-        lambda module: lambda x: module.GradientReversalLayer.apply(x, contexts.COEFF),
-    ),
+    "pytorch-revgrad": "peer_reversals.pytorch_revgrad()",
+    "torch-gradient-reversal": "peer_reversals.torch_gradient_reversal()",
+    "pytorch-adapt": "peer_reversals.pytorch_adapt()",
+    "skada": "peer_reversals.skada()",
 }
-"""Where each library on PyPI has its reversal, and how to make one with the coefficient of the contexts."""
+"""Each library on PyPI that has a reversal, and what makes one with the coefficient of the contexts."""
 
 SHORT = {
     "eager": "eager",
@@ -55,7 +45,7 @@ SHORT = {
     "torchvision feature extractor": "torchvision's `create_feature_extractor`",
     "export not strict": "`torch.export`",
     "export saved and loaded": "`torch.export`, saved, loaded",
-    "compile aot eager": "`torch.compile(fullgraph=True)`",
+    "compile inductor": "`torch.compile(fullgraph=True)`",
     "func grad": "`torch.func.grad`",
     "per sample gradients": "`vmap(grad)`, per-sample gradients",
     "forward mode": "forward-mode derivatives",
@@ -69,48 +59,97 @@ PAGE = """# What becomes of a reversal
 Each cell is one run: the reversal stands in the middle of a small network, and the gradient at its input is
 compared bit for bit with the one that calculus gives. **LOST**: no error, and the gradient is not reversed.
 
-Measured on {date} with {versions}, by `python docs/measure_contexts.py`.
+Measured on {date} with
+{versions},
+by `python docs/measure_contexts.py`. Each row of this library's
+columns is a process that ran nothing before; each other column is one process. The tests run every row as the
+first call of a process and as a later one, in processes that import torch, grl_surgery, timm, torchvision,
+transformers or lightning first.
 
 {table}
 
-The pasted forms are written out in `tests/pasted_reversals.py`. An in-place operation right behind them is an
-error in eager mode already.
+The pasted forms are written out in `tests/pasted_reversals.py`, the contexts in `tests/reversal_contexts.py`.
+An in-place operation right behind a pasted form is an error in eager mode already.
+
+{rest}"""
+
+REST = "## What is no row of the table"
+"""The part of the page that is written by hand begins here."""
+
+PROGRAM = """
+import reversal_contexts as contexts, pasted_reversals, peer_reversals, torch
+if __name__ == "__main__":
+    for name in {names}:
+        for operation in {operations}:
+            torch.compiler.reset()
+            print(contexts.outcome(getattr(contexts, name), eval(operation)), flush=True)
 """
 
 
-def peers() -> dict[str, Callable[[Tensor], Tensor]]:
-    """The reversals of the libraries that are installed, by name and version."""
+def measure(
+    names: Sequence[str], operations: Sequence[str], parent: Parent, folder: Path
+) -> dict[str, list[str]]:
+    """Context by context, the outcome of each operation; all in one process, as long as it lives."""
+    names, rows = list(names), {}
+    while names:
+        program = PROGRAM.format(names=names, operations=list(operations))
+        cells = parent.run(program, folder, TORCHINDUCTOR_CACHE_DIR=str(folder / "cache")).stdout.splitlines()
+        done = len(cells) // len(operations)
+        for place in range(done):
+            rows[names[place]] = cells[place * len(operations) : (place + 1) * len(operations)]
+        if done < len(names):
+            rows[names[done]] = ["error: the process dies"] * len(operations)
+        names = names[done + 1 :]
+    return rows
+
+
+def installed(names: Sequence[str]) -> dict[str, str]:
+    """Of these distributions those that are installed, with their versions."""
     found = {}
-    for name, (module, make) in PEERS.items():
+    for name in names:
         try:
-            found[f"{name} {importlib.metadata.version(name)}"] = make(importlib.import_module(module))
-        except ImportError:
-            print(f"{name} is not installed and gets no column", file=sys.stderr)
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            print(f"{name} is not installed", file=sys.stderr)
     return found
 
 
-def outcome(context: Callable, operation: Callable) -> str:
-    """One cell of the table."""
-    torch._dynamo.reset()
-    try:
-        gradient = context(operation)
-    except Exception as error:
-        return f"error: {type(error).__name__}"
-    if torch.equal(gradient, contexts.REVERSED_GRADIENT):
-        return "reversed"
-    return "**LOST**" if torch.equal(gradient, contexts.PLAIN_GRADIENT) else "wrong"
-
-
-def measure(columns: dict[str, Callable[[Tensor], Tensor]]) -> dict[str, list[str]]:
+def all_rows() -> dict[str, dict[str, str]]:
     """Context by context, the outcome of each column."""
-    rows = {}
-    for context in [*contexts.CONTEXTS, contexts.compile_inductor, *contexts.CONTEXTS_OF_ONE_SAMPLE]:
-        if context is contexts.anomaly_detection:  # wants pytest around it
-            continue
-        name = context.__name__.replace("_", " ")
-        rows[name] = [outcome(context, each) for each in columns.values()]
-        print(name, *rows[name], sep=" | ", flush=True)
-    return rows
+    peers = installed(list(PEERS))
+    others = {**OTHERS, **{f"{name} {version}": PEERS[name] for name, version in peers.items()}}
+    every = [
+        *contexts.CONTEXTS,
+        *contexts.CONTEXTS_OF_ONE_SAMPLE,
+        *contexts.INDUCTOR_CONTEXTS,
+        *contexts.COSTLY_CONTEXTS,
+    ]
+    packages = installed(sorted({name for context in every for name in contexts.packages_of(context)}))
+    names = [
+        context.__name__
+        for context in every
+        if all(name in packages for name in contexts.packages_of(context))
+    ]
+    rows: dict[str, dict[str, str]] = {name: {} for name in names}
+    with tempfile.TemporaryDirectory() as folder, Parent("import torch, grl_surgery as gs") as parent:
+        for name in names:
+            (cells,) = measure([name], list(OURS.values()), parent, Path(folder)).values()
+            rows[name] |= dict(zip(OURS, cells, strict=True))
+            print(name, *cells, sep=" | ", flush=True)
+        for column, operation in others.items():
+            for name, (cell,) in measure(names, [operation], parent, Path(folder)).items():
+                rows[name][column] = cell
+            print(column, *(rows[name][column] for name in names), sep=" | ", flush=True)
+    order = [*OTHERS, *OURS, *(column for column in others if column not in OTHERS)]
+    return {
+        name.replace("_", " "): {column: marked(row[column]) for column in order}
+        for name, row in rows.items()
+    }
+
+
+def marked(cell: str) -> str:
+    """A loss stands out."""
+    return "**LOST**" if cell == "LOST" else cell
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -121,29 +160,26 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def versions() -> str:
     """What was measured with."""
-    numbers = {
-        "Python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-    }
+    names = ["torch", "torchvision", "accelerate", "opacus", "captum", "peft", "torchao"]
+    numbers = {"Python": platform.python_version(), **installed(names)}
     return ", ".join(f"{name} {number.partition('+')[0]}" for name, number in numbers.items())
 
 
 def main() -> None:
     """Run every context with every form, and write the page and the table."""
-    warnings.simplefilter("ignore")
-    logging.disable(logging.ERROR)
-    columns = {**COLUMNS, **peers()}
-    rows = measure(columns)
-    whole = table(["context", *columns], [[name, *cells] for name, cells in rows.items()])
+    rows = all_rows()
+    columns = list(next(iter(rows.values())))
+    whole = table(["context", *columns], [[name, *row.values()] for name, row in rows.items()])
     date = datetime.date.today().isoformat()
-    page = PAGE.format(date=date, versions=versions(), table=whole)
-    (ROOT / "docs" / "contexts.md").write_text(page)
+    page = ROOT / "docs" / "contexts.md"
+    by_hand = REST + page.read_text(encoding="utf-8").partition(REST)[2]
+    text = PAGE.format(date=date, versions=versions(), table=whole, rest=by_hand)
+    page.write_text(text, encoding="utf-8")
 
-    shown = [place for place, name in enumerate(columns) if name != "grl_surgery, layer"]
-    shown.sort(key=lambda place: list(columns)[place].startswith("grl_surgery"))
-    short = [[text, *(rows[name][place] for place in shown)] for name, text in SHORT.items()]
-    part = table(["where the network runs", *(list(columns)[place] for place in shown)], short)
+    shown = [column for column in columns if column != "grl_surgery, layer"]
+    shown.sort(key=lambda column: column.startswith("grl_surgery"))
+    short = [[text, *(rows[name][column] for column in shown)] for name, text in SHORT.items()]
+    part = table(["where the network runs", *shown], short)
     why = ROOT / "docs" / "why.md"
     text = why.read_text(encoding="utf-8")
     before, after = text.partition(START)[0], text.partition(END)[2]
