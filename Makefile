@@ -13,7 +13,7 @@ help:
 	@echo "make demo       the main job on a pretrained network: splice, prove, strip"
 	@echo "make test       all tests"
 	@echo "make soak       20,000 random networks against a plain interpreter; a quarter of an hour on two cores"
-	@echo "make mutate     break the library in 114 small ways; the tests must notice each"
+	@echo "make mutate     break the library in 127 small ways; the tests must notice each"
 	@echo "make lint       ruff's checks and formatting (make format repairs)"
 	@echo "make typecheck  mypy --strict"
 	@echo "make readme     run the code blocks of README.md and docs/"

@@ -16,7 +16,7 @@ def insert_grl(network: str, pretrained: bool = False, **where: Any) -> nn.Modul
         where: As for :func:`grl_surgery.insert_grl`: ``after="layer3"``, ``coeff=0.5``.
     """
     import grl_surgery as gs
-    from grl_surgery.models import load_model
+    from grl_surgery.loading.model_zoo import load_model
 
     return gs.insert_grl(load_model(network, pretrained=pretrained).module, **where)
 
@@ -30,6 +30,6 @@ def attach_domain_head(network: str, pretrained: bool = False, **settings: Any) 
         settings: As for :func:`grl_surgery.attach_domain_head`: ``after="global_pool"``, ``num_domains=3``.
     """
     import grl_surgery as gs
-    from grl_surgery.models import load_model
+    from grl_surgery.loading.model_zoo import load_model
 
     return gs.attach_domain_head(load_model(network, pretrained=pretrained).module, **settings)

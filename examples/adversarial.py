@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import grl_surgery as gs
-from grl_surgery.demo import classify, load_packaged_efficientnet_lite0, photographs
+from grl_surgery.cli.demo import classify, load_packaged_efficientnet_lite0, photographs
 
 
 class Attacked(nn.Module):

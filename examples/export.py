@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import grl_surgery as gs
-from grl_surgery.demo import load_packaged_efficientnet_lite0, photographs
+from grl_surgery.cli.demo import load_packaged_efficientnet_lite0, photographs
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -38,9 +38,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 import grl_surgery as gs
-from grl_surgery.metrics import AdversarialMetrics, proxy_a_distance
-from grl_surgery.schedules import CoefficientScheduler, dann
-from grl_surgery.training import domain_loss, param_groups
+from grl_surgery.training.losses import domain_loss
+from grl_surgery.training.metrics import AdversarialMetrics, proxy_a_distance
+from grl_surgery.training.optimization import param_groups
+from grl_surgery.training.schedules import CoefficientScheduler, dann
 
 MODES = ("source", "dann", "target")
 AVERAGING = 0.99
@@ -80,7 +81,7 @@ class PretrainedNetwork(nn.Module):
 
     def __init__(self, num_classes: int = 10) -> None:
         super().__init__()
-        from grl_surgery.demo import load_packaged_efficientnet_lite0
+        from grl_surgery.cli.demo import load_packaged_efficientnet_lite0
 
         self.body = load_packaged_efficientnet_lite0()
         self.body.reset_classifier(num_classes)
