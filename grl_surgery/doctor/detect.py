@@ -11,16 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grl_surgery.doctor.identity_probes import (
-    Factor,
-    IdentityCall,
-    IdentityProbe,
-    Key,
-    nodes_above,
-    nodes_below,
-    ratio,
-    source_line,
-)
+from grl_surgery.autograd_graph import nodes_above, nodes_below
+from grl_surgery.doctor.identity_probes import Factor, IdentityCall, IdentityProbe, Key, ratio, source_line
 from grl_surgery.doctor.sandbox import Sandbox, private_runs
 from grl_surgery.doctor.verdicts import Finding, shown_factor
 from grl_surgery.errors import SurgeryError

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from grl_surgery.autograd_graph import nodes_below
 from grl_surgery.doctor.context_survey import eager_gradients
 from grl_surgery.doctor.detect import Site, examine, inputs_of
-from grl_surgery.doctor.identity_probes import IdentityCall, IdentityProbe, nodes_below, ratio
+from grl_surgery.doctor.identity_probes import IdentityCall, IdentityProbe, ratio
 from grl_surgery.doctor.sandbox import Gradients, Sandbox, private_runs
 from grl_surgery.errors import SurgeryError
 from grl_surgery.isolation.pytrees import tensors_in

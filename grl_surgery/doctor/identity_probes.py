@@ -23,8 +23,6 @@ __all__ = [
     "IdentityCall",
     "IdentityProbe",
     "Key",
-    "nodes_above",
-    "nodes_below",
     "ratio",
     "source_line",
 ]
@@ -398,34 +396,6 @@ def _is_number(value: Any) -> bool:
     if isinstance(value, Tensor):
         return value.numel() == 1 and value.is_floating_point()
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def nodes_below(start: Sequence[Any], without: Any = None) -> dict[Any, None]:
-    """Every autograd node that a gradient starting at these reaches, except through ``without``."""
-    found: dict[Any, None] = {}
-    rest = [node for node in start if node is not None]
-    while rest:
-        node = rest.pop()
-        if node not in found and node is not without:
-            found[node] = None
-            rest += [below for below, _ in node.next_functions if below is not None]
-    return found
-
-
-def nodes_above(nodes: Sequence[Any], target: Any) -> set[Any]:
-    """Return the nodes from which a gradient reaches the target."""
-    users: dict[Any, list[Any]] = {}
-    for node in nodes:
-        for below, _ in node.next_functions:
-            users.setdefault(below, []).append(node)
-    found: set[Any] = set()
-    rest = [target]
-    while rest:
-        for user in users.get(rest.pop(), ()):
-            if user not in found:
-                found.add(user)
-                rest.append(user)
-    return found
 
 
 # ------------------------------------------------------------------------------------------- lines of source

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from grl_surgery.autograd_graph import nodes_below
 from grl_surgery.capture.capture import module_paths
 from grl_surgery.errors import SurgeryError
 from grl_surgery.isolation.pytrees import tensors_in
@@ -54,7 +55,7 @@ def check_by_running(network: nn.Module, cuts: Sequence[Cut], find_inputs: Calla
         raise
     except Exception:  # on these inputs it does not run at all, which is not for surgery to judge
         return
-    used = _nodes_behind(tensors_in(output))
+    used = nodes_below([value.grad_fn for value in tensors_in(output)])
     for cut in cuts:
         nodes = [v.grad_fn for v in passed[cut.module] if isinstance(v, torch.Tensor) and v.grad_fn]
         if nodes and not any(node in used for node in nodes) and not cut.is_head:
@@ -62,18 +63,6 @@ def check_by_running(network: nn.Module, cuts: Sequence[Cut], find_inputs: Calla
                 f"the network does not use the value {cut}, so a reversal there would have no effect",
                 choices=[point for point in module_paths(network) if point == split_items(str(cut.at))[0]],
             )
-
-
-def _nodes_behind(values: Sequence[torch.Tensor]) -> set[Any]:
-    """Every node of autograd's graph that the gradients of these values would reach."""
-    waiting = [value.grad_fn for value in values if value.grad_fn is not None]
-    seen: set[Any] = set(waiting)
-    while waiting:
-        for node, _ in waiting.pop().next_functions:
-            if node is not None and node not in seen:
-                seen.add(node)
-                waiting.append(node)
-    return seen
 
 
 def clone_all(tensor: torch.Tensor) -> torch.Tensor:

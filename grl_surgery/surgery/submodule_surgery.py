@@ -132,7 +132,7 @@ def _can_be_cut(base: nn.Module, cuts: Sequence[Cut]) -> bool:
     return True
 
 
-# ------------------------------------------------------------------------------------ at calls of modules
+# ----------------------------------------------------------------------------- at calls and at operations
 
 
 def _at_operations(base: nn.Module, cut: Cut, find_inputs: Callable[[], Any], failure: SurgeryError) -> Cut:

@@ -16,6 +16,7 @@ from torch._C import _are_functorch_transforms_active
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.utils import _pytree as pytree
 
+from grl_surgery.autograd_graph import nodes_below
 from grl_surgery.capture.python_state import preserve_python_state
 from grl_surgery.isolation.float64 import WIDE, Wider, all_in_double, widened
 from grl_surgery.isolation.pytrees import tensors_in
@@ -310,17 +311,11 @@ def _is_all_zero(value: torch.Tensor) -> bool:
 
 def _functions_in(outputs: Sequence[torch.Tensor]) -> Iterator[tuple[str, str]]:
     """Modules and names of the autograd Functions written in Python, but for this library's."""
-    waiting: list[Any] = [output.grad_fn for output in outputs if output.grad_fn is not None]
-    seen = set(waiting)
-    while waiting:
-        node = waiting.pop()
+    for node in nodes_below([output.grad_fn for output in outputs]):
         if isinstance(node, torch.autograd.function.BackwardCFunction):
             module = getattr(type(node), "_forward_cls", type(node)).__module__
             if not module.startswith("grl_surgery."):
                 yield module, type(node).__name__
-        following = {next_node for next_node in _following(node) if next_node not in seen}
-        seen |= following
-        waiting += following
 
 
 def _signs_of_leaves(
