@@ -30,8 +30,7 @@ class ModelGraph:
         name: Class of the network.
         nodes: In the order of execution.
         edges: Every use of a value, in the order of execution.
-        blocks: The modules that the graph looks into, each once; a point lies in those that its name begins
-            with.
+        blocks: The modules that the graph looks into. A point lies in the blocks that its name begins with.
     """
 
     name: str
@@ -76,7 +75,7 @@ class ModelGraph:
         drawing("html").write_page(path, drawing("svg").graph_svg(self))
 
     def to_html(self, path: str | Path) -> None:
-        """Write a page that needs no network: the whole network, its blocks closed, to be opened one by one.
+        """Write a page that works offline: the whole network, with blocks that open by a click.
 
         Args:
             path: The file to write, or to replace.
@@ -93,7 +92,7 @@ class ModelGraph:
         return json.dumps({"name": self.name, **plain}, indent=1)
 
     def whole(self) -> ModelGraph:
-        """The same network all the way down, as it is now; this graph itself where that is not known."""
+        """Return the graph of the same network at full depth, or this graph if the network is not known."""
         return self._look_deeper() if self._look_deeper else self
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a point and an edge are called: the grammar of names, patterns and near names. No torch here.
+"""Names of points and edges: their grammar, patterns, and near names. Imports no torch.
 
 A module call is named by its module path (``layer3.0.conv2``); any other operation by the path of the
 module whose forward contains it and the operation (``layer3.0.add``). Things that share a name are
@@ -44,7 +44,7 @@ class Edge:
     arg: str = ""
 
     def within(self, prefix: str) -> Edge:
-        """The same use as a network names it whose names of this one's points begin with ``prefix``."""
+        """Return the same edge with ``prefix`` in front of both names."""
         return replace(self, source=prefix + self.source, target=prefix + self.target)
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""A fixture for test suites that have a reversal to keep alive.
+"""A pytest fixture that fails if a network's reversal is lost.
 
     def test_the_reversal_is_alive(assert_flips):
         assert_flips(network(), images)

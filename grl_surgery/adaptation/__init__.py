@@ -1,1 +1,1 @@
-"""What a run that adapts needs besides surgery: where to cut, paired data, saving, validators."""
+"""Tools for a training run: where to cut, paired data, checkpoints, validators."""

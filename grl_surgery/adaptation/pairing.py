@@ -19,11 +19,11 @@ _CALL = "paired(DataLoader(source, 64, shuffle=True), DataLoader(target, 64, shu
 
 
 def paired(source: Iterable[Any], target: Iterable[Any], *, seed: int = 0) -> PairedBatches:
-    """Batches of both domains, in pairs, without end: whichever loader ends begins its next epoch alone.
+    """Return endless pairs of batches, one of each domain; a loader that ends starts its next epoch.
 
-    Loaders of unequal length are fine; neither is cut short. The order of each epoch follows from ``seed``,
-    the process's rank and the number of the epoch alone, so that the same pairs come again in every run,
-    whatever else draws random numbers. ``set_epoch`` of a loader, its sampler or its dataset is called at the
+    The loaders may have different lengths, and neither is cut short. The order of each epoch depends only on
+    ``seed``, the process's rank and the number of the epoch. So every run gets the same pairs, whatever else
+    draws random numbers. ``set_epoch`` of a loader, its sampler or its dataset is called at the
     start of each of its epochs, as DistributedSampler needs. Without such a sampler, each process of a
     distributed run draws an order of its own.
 

@@ -42,7 +42,7 @@ def save_run(
     ``validators.Best``) is stored by its state; numbers, text, tensors, and lists and dicts of them are
     stored as they are. Stored besides: the coefficient of every reversal, and the states of the random
     generators of torch, of its devices, of Python and of numpy where it is imported. The file is read back
-    before it takes its name, so that at every moment ``path`` is the previous run, whole, or this one;
+    before it takes its name. So ``path`` is always either the whole previous run or this one.
     ``torch.load(path, weights_only=True)`` reads it.
 
     In a distributed run every process calls it: the first one writes its network and optimizer, and what each
@@ -93,10 +93,10 @@ def load_run(
     optimizer: torch.optim.Optimizer | None = None,
     **parts: Any,
 ) -> dict[str, Any]:
-    """Put a run back where :func:`save_run` found it, random generators included.
+    """Restore a run that :func:`save_run` wrote, random generators included.
 
-    Give the same objects under the same names, made as they were made in that run. What was stored as a plain
-    value is returned and needs not be given. Where something does not fit, nothing is changed.
+    Pass the same objects under the same names, made as in that run. Plain values are returned and need not be
+    passed. If something does not fit, nothing is changed.
 
     Example:
         >>> import tempfile

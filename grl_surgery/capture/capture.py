@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import math
 import traceback
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import FunctionType, ModuleType
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -16,13 +15,11 @@ from torch.fx.node import map_arg
 
 from grl_surgery.capture.aliasing import ArgumentEffects, may_alias, mutated_args, redirect_in_place_uses
 from grl_surgery.capture.node_names import TORCH, is_item
-from grl_surgery.capture.python_state import preserve_python_state
-from grl_surgery.capture.recorded_functions import recording_autograd_functions
+from grl_surgery.capture.recorded_functions import WholeFunctions
+from grl_surgery.capture.state_of_calls import state_left_by_calls
 from grl_surgery.capture.trace_errors import GlobalHookError, OpaqueValueInspected, TraceStopped
-from grl_surgery.capture.traceable_copy import trace_copy
 from grl_surgery.capture.tracer import Tracer
 from grl_surgery.errors import SurgeryError, TracingError
-from grl_surgery.isolation.rng_state import preserve_rng_state
 from grl_surgery.points import ancestors, escape, number
 
 __all__ = ["Trace", "around_aliases", "module_paths", "trace"]
@@ -244,7 +241,8 @@ def _trace_once(
     given: frozenset[str] | None,
     constants: dict[str, torch.Tensor],
     mode: bool | None = None,
-    whole: tuple[FunctionType | ModuleType, ...] = (),
+    whole: tuple[CodeType, ...] = (),
+    with_math: bool = False,
 ) -> tuple[fx.Graph, set[str]]:
     """One trace with the flags as they are, or all set to ``mode``; and whose flags the forwards read.
 
@@ -252,27 +250,35 @@ def _trace_once(
     operation. Those of ``math`` can never be; wrapping them all costs more than a small trace, so it waits
     until one is called.
     """
-    copy = trace_copy(model, traced_modules, mode)
-    modules = {path: copy.get_submodule(path) for path in traced_modules}
-    with preserve_rng_state() as moved, preserve_python_state(modules) as changed:
-        tracer = Tracer(model, traced_modules, given, constants, whole, moved, changed)
-        try:
-            with recording_autograd_functions(tracer):
-                graph = tracer.trace(copy)
-            _clone_written_constants(model, graph, tracer.made.nodes())
-            redirect_in_place_uses(model, graph)
-            return graph, tracer.mode_dependent
-        except (OpaqueValueInspected, GlobalHookError):
-            raise
-        except Exception as error:  # user code runs in here: anything can come out of it
-            function = _function_that_failed(error)
-            if isinstance(error, (TypeError, fx.proxy.TraceError)) and math not in whole:
-                whole = (*whole, math)
-            elif function is not None and function not in whole:
-                whole = (*whole, function)
-            else:
-                raise tracer.stopped(error) from error
-    return _trace_once(model, traced_modules, given, constants, mode, whole)
+    tracer = Tracer(model, traced_modules, given, constants, mode, WholeFunctions(whole, with_math))
+    try:
+        graph = tracer.trace_root()
+        if given is None:
+            _refuse_state_of_calls(model, traced_modules, graph)
+        _clone_written_constants(model, graph, tracer.made.nodes())
+        redirect_in_place_uses(model, graph)
+        return graph, tracer.mode_dependent
+    except (OpaqueValueInspected, GlobalHookError):
+        raise
+    except Exception as error:  # user code runs in here: anything can come out of it
+        failed = _code_that_failed(error)
+        if isinstance(error, (TypeError, fx.proxy.TraceError)) and not with_math:
+            with_math = True
+        elif failed is not None and failed not in whole:
+            whole = (*whole, failed)
+        else:
+            raise tracer.stopped(error) from error
+    return _trace_once(model, traced_modules, given, constants, mode, whole, with_math)
+
+
+def _refuse_state_of_calls(model: nn.Module, traced_modules: frozenset[str], graph: fx.Graph) -> None:
+    """Raise an error if a forward may read what a module that it calls has left in Python."""
+    called = dict.fromkeys(str(node.target) for node in graph.nodes if node.op == "call_module")
+    left = state_left_by_calls(map(model.get_submodule, traced_modules), map(model.get_submodule, called))
+    if left:
+        raise RuntimeError(
+            f"it reads {left!r}, which a module that it calls may write, and a graph would not"
+        )
 
 
 def _clone_written_constants(model: nn.Module, graph: fx.Graph, made: Iterable[fx.Node]) -> None:
@@ -292,15 +298,14 @@ def _writes(model: nn.Module, user: fx.Node, value: fx.Node) -> bool:
     return user.op == "output" or value in mutated_args(model, user)
 
 
-def _function_that_failed(error: Exception) -> FunctionType | None:
-    """The function, called by the innermost forward, in which tracing came to an end; None if none was."""
+def _code_that_failed(error: Exception) -> CodeType | None:
+    """Of the function, called by the innermost forward, in which tracing came to an end; None if none was."""
     for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
-        code = frame.f_code
+        code: CodeType = frame.f_code
         if code is Tracer.call_module.__code__:
             return None
         function = frame.f_globals.get(code.co_name)
-        if code.co_filename.startswith(TORCH) or not isinstance(function, FunctionType):
-            continue
-        if inspect.unwrap(function).__code__ is code:
-            return function
+        is_named = isinstance(function, FunctionType) and inspect.unwrap(function).__code__ is code
+        if is_named and not code.co_filename.startswith(TORCH):
+            return code
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -32,11 +33,15 @@ class MadeTensors(TorchFunctionMode):
     While the forward is traced, what it writes into one is a node and does not happen. What it computes with
     that tensor afterwards in Python would be computed with the old content, so that this is refused. So is
     writing into the network's own parameters: that would happen, once and for all.
+
+    Args:
+        network: Root of the network.
+        before_write: Is called before a tensor is overwritten in Python; its error stops the trace.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, before_write: Callable[[], None]) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.before_write = network, before_write
         self.made: dict[int, _Made] = {}
         self.overwritten: set[int] = set()  # memory, by address
 
@@ -86,6 +91,7 @@ class MadeTensors(TorchFunctionMode):
         if not sys._getframe(1).f_globals.get("__name__", "").startswith(_PACKAGE):
             first = args[0] if args else None
             if isinstance(first, torch.Tensor) and _is_in_place(getattr(function, "__name__", "")):
+                self.before_write()
                 self.refuse_own(first)
             values = pytree.tree_leaves((args, kwargs)) if self.overwritten else []
             if not any(isinstance(value, fx.Proxy) for value in values):

@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import dis
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from grl_surgery.capture.code_inspection import classes_asked, compared_arguments, names_in
+from grl_surgery.capture.code_inspection import (
+    catches_errors,
+    classes_asked,
+    compared_arguments,
+    functions_of,
+    identity_questions,
+    names_in,
+)
 from grl_surgery.capture.trace_errors import GlobalHookError
 from grl_surgery.compat import has_any_global_hook
 
-__all__ = ["refuse_arguments", "refuse_hooks", "refuse_narrowing", "refuse_questions", "settings"]
+__all__ = [
+    "refuse_arguments",
+    "refuse_hooks",
+    "refuse_identity_questions",
+    "refuse_narrowing",
+    "refuse_questions",
+    "refuse_untraceable_methods",
+    "settings",
+]
 
 
 _NUMBERS = (int, float, complex)
@@ -83,9 +98,43 @@ def refuse_questions(forward: Any) -> None:
     if names := compared_arguments(code):  # to a trace, arguments are never one object
         raise RuntimeError(f"it asks whether {' and '.join(names)} are the same object")
     if asked := classes_asked(code):
-        raise RuntimeError(f"it asks for the type of {asked[0]!r}")
+        raise RuntimeError(f"it asks what kind of value {asked[0]!r} is")
     if "is_grad_enabled" in names_in(code):
         raise RuntimeError("it asks whether gradients are computed, and a graph would keep the answer")
+
+
+def refuse_identity_questions(
+    kind: type[nn.Module], given: Collection[str], modules: Collection[str]
+) -> None:
+    """Refuse a forward that asks whether something that it is given is None: in a trace, nothing is.
+
+    Args:
+        kind: The class whose forward is traced through.
+        given: Its arguments that the network gets from outside, whole or as parts.
+        modules: Attributes that hold the network's modules: what calling one returns may be None.
+    """
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    asked = {} if code is None else dict.fromkeys(sorted(identity_questions(code).arguments & {*given}))
+    files = {base.__module__ for base in kind.__mro__}
+    for function in functions_of(kind):
+        if function.__module__ in files:
+            found = identity_questions(function.__code__)
+            asked.update(dict.fromkeys((*sorted(found.parts), *sorted(found.calls & {*modules}))))
+    if asked:
+        raise RuntimeError(f"it asks of {next(iter(asked))!r} what it is, or whether it is None")
+
+
+def refuse_untraceable_methods(kind: type[nn.Module]) -> None:
+    """Refuse a forward with a method that a trace would answer otherwise than a run.
+
+    In a trace no operation fails, so that nothing is caught, and no value is what it is in a run.
+    """
+    methods = {id(value) for base in kind.__mro__ for value in vars(base).values()}
+    for function in functions_of(kind):
+        if id(function) in methods and catches_errors(function.__code__):
+            raise RuntimeError(f"{function.__name__}() goes on another way where something fails")
+        if id(function) in methods and (asked := classes_asked(function.__code__)):
+            raise RuntimeError(f"{function.__name__}() asks what kind of value {asked[0]!r} is")
 
 
 def refuse_narrowing(forward: Any, parameters: Sequence[inspect.Parameter]) -> None:

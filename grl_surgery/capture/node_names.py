@@ -43,7 +43,7 @@ _LAYERS = os.path.join(TORCH, "nn", "modules")  # whose forwards are traced like
 _HERE = os.path.dirname(__file__) + os.sep
 
 
-_OURS = ("tracer", "proxies", "forward_constants", "recorded_functions")
+_OURS = ("tracer", "proxies", "forward_constants", "recorded_functions", "traceable_copy")
 
 
 _MACHINERY = (TORCH, *(f"{_HERE}{name}.py" for name in _OURS))

@@ -82,6 +82,17 @@ class TensorProxy(fx.Proxy):
             raise self.tracer.refused(TypeError("it asks of which class a value is"))
         return type(self)
 
+    def __str__(self) -> str:
+        """No text: a branch may depend on it, as on ``str(x.dtype)``."""
+        if sys._getframe(1).f_code.co_filename.startswith(_MACHINERY):
+            return repr(self)
+        self.tracer.look_into(self.node)
+        raise self.tracer.refused(TypeError("it reads a value as text"))
+
+    def __format__(self, specification: str) -> str:
+        """Text for a message, which forwards prepare for a check that does not fail."""
+        return repr(self)
+
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.look_into(self.node)
         raise self.tracer.refused(TypeError(ASSIGNED))

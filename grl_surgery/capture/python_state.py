@@ -28,7 +28,7 @@ def preserve_python_state(modules: Mapping[str, nn.Module]) -> Iterator[Callable
     """Put back what the forwards of these modules change in Python: a cache, a counter, a generator.
 
     Watched are the modules' attributes, what these hold, and the containers and generators among the
-    attributes of their classes and the globals that their code names. What a function under
+    attributes of their classes and the globals and variables that their code names. What a function under
     ``functools.lru_cache`` has kept of its results it forgets.
 
     Args:
@@ -78,7 +78,7 @@ def _holders(module: nn.Module) -> Iterator[tuple[type, dict[str, Any]]]:
 def _assigned(kind: type, holder: dict[str, Any], before: dict[str, Any]) -> Iterator[str]:
     """Names whose values are not what they were; a cached property has only been read."""
     for name in holder.keys() | before.keys():
-        value, old = holder.get(name, _MISSING), before.get(name, _MISSING)
+        value, old = dict.get(holder, name, _MISSING), before.get(name, _MISSING)
         if _same(value, old) or name.startswith("_constant_"):
             continue
         if isinstance(value, fx.Proxy) or not isinstance(
@@ -101,7 +101,7 @@ _SHARED: weakref.WeakKeyDictionary[type, list[tuple[str, Mapping[str, Any]]]] = 
 def _shared(kind: type[nn.Module]) -> Iterator[tuple[str, Any]]:
     """The containers and generators of a class and of its code, by their names in the code.
 
-    They are attributes, globals, and defaults of arguments.
+    They are attributes, globals, defaults of arguments, and variables of enclosing functions.
     """
     if kind not in _SHARED:
         classes = [
@@ -111,7 +111,8 @@ def _shared(kind: type[nn.Module]) -> Iterator[tuple[str, Any]]:
         code = [(names_in(function.__code__), function.__globals__) for function in functions]
         names = set[str]().union(*(names for names, _ in code))
         defaults = [(set(held), held) for held in map(_defaults, functions)]
-        places = [*((names, held) for held in classes), *code, *defaults]
+        cells = [(set(function.__code__.co_freevars), _Cells(function)) for function in functions]
+        places = [*((names, held) for held in classes), *code, *defaults, *cells]
         _SHARED[kind] = [
             (name, held)
             for names, held in places
@@ -123,6 +124,26 @@ def _shared(kind: type[nn.Module]) -> Iterator[tuple[str, Any]]:
         value = held.get(name)
         if isinstance(value, _CONTAINERS) or _is_generator(value):
             yield name, value
+
+
+class _Cells(Mapping[str, Any]):
+    """The variables of enclosing functions that a function uses, as they are now."""
+
+    def __init__(self, function: types.FunctionType) -> None:
+        self.cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+
+    def __getitem__(self, name: str) -> Any:
+        """The value of a variable; one that has none yet is missing."""
+        try:
+            return self.cells[name].cell_contents
+        except ValueError:
+            raise KeyError(name) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.cells)
+
+    def __len__(self) -> int:
+        return len(self.cells)
 
 
 def _defaults(function: types.FunctionType) -> dict[str, Any]:

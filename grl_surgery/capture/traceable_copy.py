@@ -1,53 +1,141 @@
-"""Copies the modules that a trace runs on, so that the network itself is never touched."""
+"""Copies the modules that a trace runs on: neither the network nor a class of torch is ever touched."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
 
-from grl_surgery.isolation.shared_copy import share_copy
+from grl_surgery.isolation.module_tree import modules_by_path
+from grl_surgery.isolation.shared_copy import COMPILED, ReferenceRemapper, copy_attributes
 
 __all__ = [
+    "HiddenAttribute",
     "TrainingFlagProxy",
+    "TwinModules",
     "has_forward",
     "is_building_block",
     "overrides_call",
     "refuse_own_call",
-    "trace_copy",
 ]
 
 
-def trace_copy(model: nn.Module, traced_modules: frozenset[str], mode: bool | None) -> nn.Module:
-    """The opened modules and their children, on which the forwards run instead of on the model.
+class TwinModules(dict[int, nn.Module]):
+    """From the id of each module of a network to its copy, which is made when it is first asked for.
 
-    Each flag is moved from the instance to where torch.fx sees an attribute being read. What lies inside a
-    module that stays one call can be reached but is not listed: torch.fx would walk through all of it.
+    A copy has the class and the attributes of its original. What leads from it to another module of the
+    network leads to that one's copy. A call of a copy, and what is read from its parameters, buffers and
+    mode flag, go to two functions.
+
+    Args:
+        model: Root of the network.
+        mode: The mode flag of every copy; by default each has its original's.
+        call: Is called with a copy and the arguments, instead of the copy.
+        read: Is given the tensor, :class:`TrainingFlagProxy` or :class:`HiddenAttribute` that is read, and
+            returns what is seen of it.
+        hidden: Returns which attributes of the module at a path are not to be seen.
     """
-    near = {path: model.get_submodule(path) for path in traced_modules}
-    for path in traced_modules:
-        near.update(_children(path, near[path]))
-    copy = share_copy(model, only=list(dict.fromkeys(near.values())))
-    # A scripted module is shared, not copied; it takes no part in a trace but as one call.
-    near = {path: module for path, module in near.items() if not isinstance(module, torch.jit.ScriptModule)}
-    for path in near:
-        module = copy.get_submodule(path)
-        if path and overrides_call(module):
-            kind = type(module)
-            module.__class__ = type(
-                kind.__name__, (_UntracedCallMixin, kind), {"__module__": kind.__module__}
-            )
-        flag = module.__dict__.pop("training", None)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mode: bool | None,
+        call: Callable[..., Any],
+        read: Callable[[Any], Any],
+        hidden: Callable[[str, nn.Module], Iterable[str]],
+    ) -> None:
+        super().__init__()
+        self.model, self.mode, self.call, self.read, self.hidden = model, mode, call, read, hidden
+        self.originals = {id(module): (path, module) for path, module in modules_by_path(model).items()}
+        self.paths = {key: path for key, (path, _) in self.originals.items()}
+        self.plain_tensors: dict[torch.Tensor, str] = {}
+        self.redirection = ReferenceRemapper(self)
+
+    @property
+    def root(self) -> nn.Module:
+        """The copy of the network itself."""
+        return self[id(self.model)]
+
+    def path_of(self, module: nn.Module) -> str | None:
+        """The path of a module of the network, or of a copy; None for any other module."""
+        return self.paths.get(id(module))
+
+    def original_of(self, twin: nn.Module) -> nn.Module:
+        """What a copy was made from."""
+        return self.model.get_submodule(self.paths[id(twin)])
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.originals
+
+    def __missing__(self, key: int) -> nn.Module:
+        path, module = self.originals[key]
+        twin: nn.Module = object.__new__(type(module))
+        self[key] = twin
+        self.paths[id(twin)] = path
+        if isinstance(module, torch.jit.ScriptModule):  # cannot be taken apart; it is called as one operation
+            twin.__dict__.update(module.__dict__)
+        else:
+            self.redirection.made[id(module._modules)] = _Children(self, module._modules)
+            copy_attributes(module, twin, self.redirection)
+            for name in self.hidden(path, module):
+                twin.__dict__.pop(name, None)
+                twin._buffers[name] = HiddenAttribute(path, name)  # type: ignore[assignment]
+            self._watch(twin, path)
+        twin.__dict__[COMPILED] = functools.partial(self.call, twin)
+        return twin
+
+    def _watch(self, twin: nn.Module, path: str) -> None:
+        """Have a copy tell what is read from it."""
+        if path and overrides_call(twin):
+            kind = type(twin)
+            twin.__class__ = type(kind.__name__, (_UntracedCallMixin, kind), {"__module__": kind.__module__})
+        attributes = twin.__dict__
+        flag = attributes.pop("training", None)
         if flag is not None:
-            module._buffers["training"] = TrainingFlagProxy(path, flag if mode is None else mode)  # type: ignore[assignment]
-    listed = {id(copy.get_submodule(path)) for path in traced_modules}  # perhaps under another name as well
-    for path in near.keys() - traced_modules:
-        module = copy.get_submodule(path)
-        if not _is_list(module) and id(module) not in listed:
-            module.__dict__["_modules"] = _Unlisted(module._modules)
-    return copy
+            mode = flag if self.mode is None else self.mode
+            attributes["_buffers"]["training"] = TrainingFlagProxy(path, mode)
+        for holder in ("_parameters", "_buffers"):
+            attributes[holder] = _Watched(self.read, attributes[holder])
+        for name, value in attributes.items():
+            if isinstance(value, torch.Tensor):
+                self.plain_tensors[value] = f"{path}.{name}" if path else name
+
+
+class _Watched(dict[str, Any]):
+    """Parameters or buffers: whoever reads one gets what a function makes of it."""
+
+    def __init__(self, read: Callable[[Any], Any], held: dict[str, Any]) -> None:
+        super().__init__(held)
+        self.read = read
+
+    def __getitem__(self, name: str) -> Any:
+        return self.read(super().__getitem__(name))
+
+
+class _Children(dict[str, Any]):
+    """The children of a copied module: copies of the original's children."""
+
+    def __init__(self, twins: TwinModules, children: dict[str, Any]) -> None:
+        super().__init__(children)
+        self.twins = twins
+
+    def __getitem__(self, name: str) -> Any:
+        return self._twin(super().__getitem__(name))
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self._twin(super().get(name, default))
+
+    def values(self) -> Any:
+        return [self._twin(child) for child in super().values()]
+
+    def items(self) -> Any:
+        return [(name, self._twin(child)) for name, child in super().items()]
+
+    def _twin(self, child: Any) -> Any:
+        return self.twins[id(child)] if id(child) in self.twins else child  # noqa: SIM401 - get makes none
 
 
 def is_building_block(module: nn.Module) -> bool:
@@ -75,8 +163,7 @@ class _UntracedCallMixin:
     def __init_subclass__(cls) -> None:
         """Not the user's, which may keep a list of classes."""
 
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return nn.Module.__call__(self, *args, **kwargs)  # by its name: torch.fx patches it
+    __call__ = nn.Module.__call__
 
 
 def refuse_own_call(module: nn.Module, path: str, *, traced_modules: bool) -> None:
@@ -87,28 +174,15 @@ def refuse_own_call(module: nn.Module, path: str, *, traced_modules: bool) -> No
         path: Its path.
         traced_modules: Whether its forward is to be traced through.
     """
-    if overrides_call(module) and (traced_modules or not isinstance(module, _UntracedCallMixin)):
+    if overrides_call(module) or (traced_modules and isinstance(module, _UntracedCallMixin)):
         raise RuntimeError(f"the class of {path!r} overrides __call__, which would be lost")
 
 
-def _children(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that the forward of ``module`` may call: its children, and what its lists of modules hold."""
-    for name, child in module.named_children():
-        inner = f"{path}.{name}" if path else name
-        yield inner, child
-        if _is_list(child):
-            yield from _children(inner, child)
+class HiddenAttribute(NamedTuple):
+    """Stands for an attribute of the module at ``path``."""
 
-
-def _is_list(module: nn.Module) -> bool:
-    return isinstance(module, (nn.ModuleList, nn.ModuleDict)) and not isinstance(module, fx.GraphModule)
-
-
-class _Unlisted(dict[str, Any]):
-    """Children that can be looked up but are passed over when a tree is walked."""
-
-    def items(self) -> Any:
-        return ()
+    path: str
+    name: str
 
 
 class TrainingFlagProxy(NamedTuple):

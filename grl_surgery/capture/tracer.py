@@ -3,33 +3,48 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import itertools
 import operator
+import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable
-from types import FunctionType, ModuleType
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from grl_surgery.capture.code_inspection import identity_questions
 from grl_surgery.capture.codegen import signature
 from grl_surgery.capture.forward_constants import MadeTensors
 from grl_surgery.capture.guards import (
     refuse_arguments,
     refuse_hooks,
+    refuse_identity_questions,
     refuse_narrowing,
     refuse_questions,
+    refuse_untraceable_methods,
     settings,
 )
 from grl_surgery.capture.node_names import is_item, line_of_forward, operation
 from grl_surgery.capture.node_uses import boundary, is_size
 from grl_surgery.capture.proxies import ASSIGNED, AskedTracer, ParameterProxy, TensorProxy
+from grl_surgery.capture.python_state import preserve_python_state
+from grl_surgery.capture.recorded_functions import WholeFunctions, recording_autograd_functions
+from grl_surgery.capture.state_of_calls import attributes_left_by_a_call
 from grl_surgery.capture.trace_errors import OpaqueValueInspected, TraceStopped
-from grl_surgery.capture.traceable_copy import TrainingFlagProxy, is_building_block, refuse_own_call
+from grl_surgery.capture.traceable_copy import (
+    HiddenAttribute,
+    TrainingFlagProxy,
+    TwinModules,
+    is_building_block,
+    refuse_own_call,
+)
+from grl_surgery.isolation.rng_state import preserve_rng_state
 from grl_surgery.nn.reversal import GradientReversal
 from grl_surgery.points import escape
 
@@ -52,6 +67,9 @@ _ITERATED = (
 )
 
 
+# A call of a copied module goes from the one to the tracer, and only from there to the other.
+_CALLED, _RUN = nn.Module.__call__.__code__, nn.Module._call_impl.__code__
+
 # Where the arithmetic of Python's own is from. A run does not count it where it is about sizes.
 _ARITHMETIC = ("_operator", "builtins", "math")
 
@@ -59,26 +77,22 @@ _ARITHMETIC = ("_operator", "builtins", "math")
 class Tracer(AskedTracer):
     """Traces the opened modules only, and writes down for each node where it came from."""
 
-    proxy_buffer_attributes = True  # a buffer read as a plain tensor would be updated for real
-
     def __init__(
         self,
         model: nn.Module,
         traced_modules: frozenset[str],
         given: frozenset[str] | None,
         constants: dict[str, torch.Tensor],
-        whole: tuple[FunctionType | ModuleType, ...],
-        moved: Callable[[], bool],
-        changed: Callable[[], str | None],
+        mode: bool | None,
+        whole: WholeFunctions,
     ) -> None:
-        super().__init__(
-            autowrap_modules=tuple(it for it in whole if isinstance(it, ModuleType)),
-            autowrap_functions=tuple(it for it in whole if isinstance(it, FunctionType)),
-        )
+        super().__init__(autowrap_modules=())
         self.model, self.traced_modules, self.given, self.constants = model, traced_modules, given, constants
-        self.moved, self.changed = moved, changed
+        self.whole = whole
+        self.twins = TwinModules(model, mode, self.call, self.read, self.hidden_attributes)
+        self.parameter_proxies: dict[str, fx.Proxy] = {}
         self.mode_dependent: set[str] = set()
-        self.made = MadeTensors(model)
+        self.made = MadeTensors(model, self.refuse_strangers)
         self.refusal: Exception | None = None
         self.inside = [""]
         self.calls = 0
@@ -86,20 +100,15 @@ class Tracer(AskedTracer):
         self.thread = threading.get_ident()
 
     @functools.cached_property
-    def near(self) -> dict[int, str]:
-        """Path of every module in the copy that is traced."""
-        return {id(module): path for path, module in self.root.named_modules()}
-
-    @functools.cached_property
-    def far(self) -> dict[int, str]:
-        """Path of every module in the model; what lies deep inside a call is there and not in the copy."""
-        return {id(module): path for path, module in self.model.named_modules()}
-
-    @functools.cached_property
     def tensors(self) -> dict[int, str]:
         """Name of every parameter and buffer."""
         named = (*self.model.named_parameters(), *self.model.named_buffers())
         return {id(tensor): name for name, tensor in named}
+
+    @functools.cached_property
+    def module_names(self) -> set[str]:
+        """The attributes under which the network's modules lie."""
+        return {path.rpartition(".")[2] for path, _ in self.twins.originals.values()} - {""}
 
     # -- structure
 
@@ -109,27 +118,32 @@ class Tracer(AskedTracer):
 
     def path_of_module(self, mod: nn.Module) -> str:
         """The path of a module, wherever in the network it lies."""
-        path = self.near.get(id(mod), None)
-        path = self.far.get(id(mod)) if path is None else path
+        path = self.twins.path_of(mod)
         if path is None:
             raise RuntimeError(f"it calls a {type(mod).__name__} that is not a submodule of the network")
         return path
+
+    def call(self, twin: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """A copied module is called."""
+        return self.call_module(twin, twin._call_impl, args, kwargs)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """One node for a call; for an opened module its forward, between marks."""
-        if threading.get_ident() != self.thread:  # torch.fx patches torch for every thread
-            return forward(*args, **kwargs)
         path = self.path_of_module(m)
         if path not in self.traced_modules:
             refuse_own_call(m, path, traced_modules=False)
             refuse_arguments(m, args, kwargs)
             return super().call_module(m, forward, args, kwargs)
         self.inside.append(path)
-        refuse_hooks(m, path)
+        refuse_hooks(self.twins.original_of(m), path)
         refuse_own_call(m, path, traced_modules=True)
         refuse_questions(type(m).forward)
+        if self.given is None:
+            refuse_untraceable_methods(type(m))
+            outside = given_from_outside(type(m), args, kwargs)
+            refuse_identity_questions(type(m), outside, self.module_names)
         self.calls += 1
         call = self.calls
         named = [(str(index), value) for index, value in enumerate(args)]
@@ -168,6 +182,7 @@ class Tracer(AskedTracer):
             raise RuntimeError(f"part of it runs under another {changed[0]}, which a graph would lose")
         if target == "__setitem__":  # of a tensor that the forward made
             raise self.refused(TypeError(ASSIGNED))
+        self.refuse_strangers()
         node = super().create_node(kind, target, *args, **kwargs)
         node.meta.pop("nn_module_stack", None)
         line = ("", 0) if node.op == "get_attr" else line_of_forward()
@@ -232,20 +247,27 @@ class Tracer(AskedTracer):
         except fx.proxy.TraceError as error:
             raise self.refused(error)  # noqa: B904
 
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+    def hidden_attributes(self, path: str, module: nn.Module) -> set[str]:
+        """What a module that stays one call may leave in its attributes: no graph has that."""
+        is_call = self.given is None and path not in self.traced_modules
+        return attributes_left_by_a_call(module) if is_call else set()
+
+    def read(self, value: Any) -> Any:
         """A proxy for each parameter and buffer; a mode flag as it is, but noticed."""
-        if threading.get_ident() != self.thread:
-            return attr_val
-        if isinstance(attr_val, TrainingFlagProxy):
-            self.mode_dependent.add(attr_val.path)
-            return attr_val.value
-        name = self.tensors.get(id(attr_val)) if isinstance(attr_val, torch.Tensor) else None
+        if isinstance(value, HiddenAttribute):
+            left = f"{value.path}.{value.name}"
+            reason = f"it reads {left!r}, which a call of that module may write, and a graph would not"
+            raise self.refused(RuntimeError(reason))
+        if isinstance(value, TrainingFlagProxy):
+            self.mode_dependent.add(value.path)
+            return value.value
+        name = self.tensors.get(id(value)) if isinstance(value, torch.Tensor) else None
         if name is None:
-            return super().getattr(attr, attr_val, parameter_proxy_cache)
-        if name not in parameter_proxy_cache:
+            return value
+        if name not in self.parameter_proxies:
             node = self.create_node("get_attr", name, (), {})
-            parameter_proxy_cache[name] = ParameterProxy(node, self, attr_val)
-        return parameter_proxy_cache[name]
+            self.parameter_proxies[name] = ParameterProxy(node, self, value)
+        return self.parameter_proxies[name]
 
     def create_arg(self, a: Any) -> Any:
         """Return what stands for a value in a node's arguments."""
@@ -257,11 +279,13 @@ class Tracer(AskedTracer):
             raise RuntimeError("it draws from a torch.Generator, which a graph would not hold")
         if isinstance(a, dict) and type(a) is not dict:
             return self.mapping(a)
+        if hasattr(type(a), "__dataclass_fields__") and not _is_made_of_its_fields(a):
+            raise RuntimeError(f"a {type(a).__name__} cannot be made again of its fields")
         return super().create_arg(a)
 
     def constant(self, tensor: torch.Tensor) -> fx.Node:
         """A tensor that is no proxy: read past its module, an attribute, or made by the forward."""
-        name = self.tensors.get(id(tensor)) or self.tensor_attrs.get(tensor)
+        name = self.tensors.get(id(tensor)) or self.twins.plain_tensors.get(tensor)
         if name is not None:
             return self.create_node("get_attr", name, (), {})
         if tensor.requires_grad:
@@ -288,22 +312,57 @@ class Tracer(AskedTracer):
         if hasattr(type(value), "__dataclass_fields__"):
             return self.create_node("call_function", type(value), (), dict(items))
         first = (None,) if isinstance(value, defaultdict) else ()  # its factory, which nobody asks any more
+        if not _is_made_of_its_items(value, first):
+            raise RuntimeError(f"a {type(value).__name__} cannot be made again of its items")
         return self.create_node("call_function", type(value), (*first, items), {})
 
     # -- arguments of the root
 
-    def create_args_for_root(
-        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
-    ) -> tuple[Callable[[], Any], list[Any]]:
-        """The root's forward, given proxies for its arguments, and its checks afterwards."""
-        refuse_questions(root_fn)
-        parameters = list(inspect.signature(root_fn).parameters.values())[1:]
+    def trace_root(self) -> fx.Graph:
+        """Run the root's forward on proxies for its arguments.
+
+        ``fx.Tracer.trace`` would patch ``nn.Module`` and other people's files meanwhile, for every thread.
+
+        Returns:
+            The graph of what it did.
+        """
+        self.root = self.twins.root
+        self.graph = fx.Graph(tracer_cls=type(self))
+        opened = {path: self.root.get_submodule(path) for path in self.traced_modules}
+        for twin in opened.values():
+            self.whole.bind(twin)
+        with (
+            preserve_rng_state() as self.moved,
+            preserve_python_state(opened) as self.changed,
+            recording_autograd_functions(self),
+        ):
+            forward = type(self.root).forward
+            refuse_questions(forward)
+            positional, keywords = self.root_arguments(forward)
+            with self.made:
+                result = self.root.__dict__.get("forward", functools.partial(forward, self.root))(
+                    *positional, **keywords
+                )
+            if self.refusal is not None:  # the forward caught it, and took another branch than it will
+                raise self.refusal
+            self.refuse_randomness()
+            self.refuse_changes()
+            returns = inspect.get_annotations(inspect.unwrap(forward)).get("return")
+            self.create_node("output", "output", (self.create_arg(result),), {}, type_expr=returns)
+        return self.graph
+
+    def root_arguments(self, forward: Callable[..., Any]) -> tuple[list[fx.Proxy], dict[str, fx.Proxy]]:
+        """Proxies for the arguments of the root's forward: those without names, and those by name."""
+        parameters = list(inspect.signature(forward).parameters.values())[1:]
         if self.given is None:
-            refuse_narrowing(root_fn, parameters)
+            refuse_narrowing(forward, parameters)
+            refuse_untraceable_methods(type(self.root))
+            names = [parameter.name for parameter in parameters]
+            refuse_identity_questions(type(self.root), names, self.module_names)
         elif any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
             raise RuntimeError("it takes any number of arguments")
-        positional: list[Any] = []
-        keywords: dict[str, Any] = {}
+        positional: list[fx.Proxy] = []
+        keywords: dict[str, fx.Proxy] = {}
         for parameter in parameters:
             if not self.is_passed(parameter):
                 self.note_argument(parameter)
@@ -316,18 +375,7 @@ class Tracer(AskedTracer):
         codegen = signature(parameters, len(positional)) if self.given is None else None
         if codegen is not None:
             self.graph.set_codegen(codegen)
-        self.inside = [""]
-
-        def run() -> Any:
-            with self.made:
-                result = root_fn(self.root, *positional, **keywords)
-            if self.refusal is not None:  # the forward caught it, and took another branch than it will
-                raise self.refusal
-            self.refuse_randomness()
-            self.refuse_changes()
-            return result
-
-        return run, []
+        return positional, keywords
 
     def note_argument(self, parameter: inspect.Parameter) -> None:
         """Have a graph that is looked at show an argument that is left out."""
@@ -368,6 +416,15 @@ class Tracer(AskedTracer):
         if self.moved():
             raise RuntimeError("it draws random numbers in Python, which a graph would freeze")
 
+    def refuse_strangers(self) -> None:
+        """A module that is none of the network's runs: a graph would not hold it."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code not in (Tracer.call.__code__, Tracer.trace_root.__code__):
+            if frame.f_code is _RUN and frame.f_back is not None and frame.f_back.f_code is _CALLED:
+                stranger = type(frame.f_locals["self"]).__name__
+                raise RuntimeError(f"it calls a {stranger} that is not a submodule of the network")
+            frame = frame.f_back
+
     def refuse_changes(self) -> None:
         """Refuse a forward that stores something in Python: the trace would store it, no run would."""
         if change := self.changed():
@@ -384,4 +441,42 @@ class Tracer(AskedTracer):
         return TraceStopped(message, path)
 
 
-# ---------------------------------------------------------------------------------------- node names
+def _is_made_of_its_items(value: dict[str, Any], first: tuple[None, ...]) -> bool:
+    """Whether the class of a dict makes the same of the items, and nothing else was kept on it."""
+    items = list(dict.items(value))
+    kind: Any = type(value)
+    try:
+        again = kind(*first, items)
+    except Exception:  # the class is the user's: anything can come out of it
+        return False
+    same = type(again) is kind and len(again) == len(items)
+    same = same and all(key in again and dict.get(again, key) is item for key, item in items)
+    return same and vars(again).keys() == vars(value).keys() if hasattr(value, "__dict__") else same
+
+
+def _is_made_of_its_fields(value: Any) -> bool:
+    """Whether a dataclass makes the same of the values of its fields, and nothing else was kept on it."""
+    fields = dataclasses.fields(value)
+    names = {field.name for field in fields}
+    is_plain = all(field.init for field in fields) and not hasattr(type(value), "__post_init__")
+    return is_plain and getattr(value, "__dict__", dict.fromkeys(names)).keys() == names
+
+
+def given_from_outside(kind: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """The arguments of a forward that are the root's, or a part of these or of what a module returned."""
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    if code is None or not identity_questions(code).arguments:
+        return []
+    bound = inspect.signature(kind.forward).bind_partial(None, *args, **kwargs).arguments
+    return [name for name, value in bound.items() if isinstance(value, fx.Proxy) and _is_given(value.node)]
+
+
+def _is_given(node: fx.Node) -> bool:
+    is_part = False
+    while node.op != "placeholder":
+        part = is_item(node) or node.target is getattr or (node.op, node.target) == ("call_method", "get")
+        if not part and node.target is not boundary:
+            return is_part and node.op == "call_module"
+        is_part |= part
+        node = node.args[0]  # type: ignore[assignment]
+    return True

@@ -1,4 +1,4 @@
-"""grl-surgery attach: a domain head behind a point."""
+"""grl-surgery attach: attaches a domain head behind a point."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The main job on a real network with its ImageNet weights and real photographs: ``grl-surgery demo``."""
+"""grl-surgery demo: surgery, proof and strip on a network with ImageNet weights and real photographs."""
 
 from __future__ import annotations
 

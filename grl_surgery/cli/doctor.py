@@ -1,4 +1,4 @@
-"""grl-surgery doctor: whether the reversals that a network already has are alive."""
+"""grl-surgery doctor: tests whether the reversals of a network work."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def doctor(
     """Find the reversals that a network already has, and where they are lost; exit with 1 if one is.
 
     Any reversal counts: pasted, of another library, a layer, a function, a hook; it is found by measuring.
-    Where forward takes more than images, the factory returns all its arguments beside the network.
+    If forward takes more than images, the factory returns all its arguments beside the network.
     """
     loaded = load(model, pretrained, checkpoint, input_size, batch, seed, made_from)
     if loaded.example_inputs is None:
-        raise SurgeryError(f"nothing says what inputs {loaded.source} takes", example=INPUTS)
+        raise SurgeryError(f"it is not known what inputs {loaded.source} takes", example=INPUTS)
     with _progress() as progress:
         from grl_surgery.doctor.diagnose import diagnose
 

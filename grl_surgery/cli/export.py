@@ -1,4 +1,4 @@
-"""grl-surgery export: a network in another format."""
+"""grl-surgery export: writes a network in another format."""
 
 from __future__ import annotations
 

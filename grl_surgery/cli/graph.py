@@ -1,4 +1,4 @@
-"""grl-surgery graph: the points of a network."""
+"""grl-surgery graph: lists or draws the points of a network."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def _open_in_model_explorer(loaded: LoadedModel) -> None:
     from grl_surgery.viz.model_explorer import open_in_model_explorer
 
     if loaded.example_inputs is None:
-        raise SurgeryError(f"nothing says what inputs {loaded.source} takes", example=INPUTS)
+        raise SurgeryError(f"it is not known what inputs {loaded.source} takes", example=INPUTS)
     open_in_model_explorer(loaded.module, loaded.example_inputs)
 
 

@@ -1,4 +1,4 @@
-"""grl-surgery insert: splice reversals in."""
+"""grl-surgery insert: splices reversals into a network."""
 
 from __future__ import annotations
 

@@ -59,7 +59,8 @@ def _without_types_of_flags(params: list[Any]) -> list[Any]:
 app = typer.Typer(
     cls=_Group,
     help="Splice gradient reversals into an existing network; prove that exactly the right gradients flip.",
-    epilog="MODEL is timm/NAME, torchvision/NAME, package.module:factory or file.py:factory. "
+    epilog="MODEL is timm/NAME, torchvision/NAME, transformers/NAME, package.module:factory or "
+    "file.py:factory. "
     "Exit status: 0 done, 1 a check failed, 2 the request cannot be met.",
     no_args_is_help=True,
     add_completion=False,

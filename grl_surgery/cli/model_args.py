@@ -1,4 +1,4 @@
-"""Loads, cuts, runs and writes the network that a command is about."""
+"""Loads, cuts, runs and writes the network that a command names."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def check_places(
 
 def _no_place() -> SurgeryError:
     return SurgeryError(
-        "nothing says where: give --after, --before or --edge",
+        "no point is named: give --after, --before or --edge",
         example="--after layer3 ('grl-surgery graph MODEL' lists the points)",
     )
 
@@ -242,7 +242,7 @@ def run(loaded: LoadedModel, model: nn.Module) -> Any:
     from grl_surgery.loading.inputs import as_arguments, does_not_run
 
     if loaded.example_inputs is None:
-        raise SurgeryError(f"nothing says what inputs {loaded.source} takes", example=INPUTS)
+        raise SurgeryError(f"it is not known what inputs {loaded.source} takes", example=INPUTS)
     args, kwargs = as_arguments(loaded.example_inputs)
     torch.manual_seed(0)
     try:

@@ -1,4 +1,4 @@
-"""grl-surgery new: a training script for one network, to be edited."""
+"""grl-surgery new: writes a training script for one network, to be edited."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def new(
         )
     loaded = load(model, False, None, input_size)
     if loaded.example_inputs is None:
-        raise SurgeryError(f"nothing says what inputs {loaded.source} takes", example=INPUTS)
+        raise SurgeryError(f"it is not known what inputs {loaded.source} takes", example=INPUTS)
     with working("Looking at the network"):
         from grl_surgery.adaptation.script import training_script
 

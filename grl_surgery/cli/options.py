@@ -33,7 +33,7 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="timm/NAME, torchvision/NAME, package.module:factory or file.py:factory.",
+        help="timm/NAME, torchvision/NAME, transformers/NAME, package.module:factory or file.py:factory.",
         show_default=False,
     ),
 ]
@@ -90,8 +90,8 @@ ModelOrFile = Annotated[
     str,
     typer.Argument(
         metavar="MODEL|FILE",
-        help="timm/NAME, torchvision/NAME, package.module:factory or file.py:factory; or a .safetensors, "
-        ".pt2 or folder that export wrote.",
+        help="timm/NAME, torchvision/NAME, transformers/NAME, package.module:factory or file.py:factory; "
+        "or a .safetensors, .pt2 or folder that export wrote.",
         show_default=False,
     ),
 ]

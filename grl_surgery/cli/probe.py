@@ -1,4 +1,4 @@
-"""grl-surgery probe: at which point of a network to attach a domain head."""
+"""grl-surgery probe: suggests the point at which to attach a domain head."""
 
 from __future__ import annotations
 

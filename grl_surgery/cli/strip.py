@@ -1,4 +1,4 @@
-"""grl-surgery strip: reversals and heads out again."""
+"""grl-surgery strip: removes reversals and heads."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def strip(
     pretrained: Pretrained = False,
     checkpoint: Checkpoint = None,
 ) -> None:
-    """Take reversals and heads out of a FILE, and write the network that it was with -o.
+    """Take reversals and heads out of a FILE, and write the original network with -o.
 
     Of a MODEL: splice reversals in, take them out again, and show that the network is the one it was.
     """

@@ -131,7 +131,7 @@ def _verify(
     from grl_surgery.verify.verify_flip import verify_flip
 
     if loaded.example_inputs is None:
-        raise SurgeryError(f"nothing says what inputs {loaded.source} takes", example=INPUTS)
+        raise SurgeryError(f"it is not known what inputs {loaded.source} takes", example=INPUTS)
     reference = None if spliced is loaded.module else loaded.module
     try:
         with _bar(f"Verifying in {mode or 'its own'} mode") as progress:

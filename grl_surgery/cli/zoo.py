@@ -1,4 +1,4 @@
-"""grl-surgery zoo: surgery on every network there is."""
+"""grl-surgery zoo: tries surgery on every network of a library."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ __all__ = ["adopt", "adopt_unsurveyed"]
 
 
 def adopt(model: nn.Module, example_inputs: Any = None, *, seed: int = 0) -> Adoption:
-    """Replace the reversals of a network by ours, which stay alive where theirs are lost.
+    """Replace the reversals of a network by ours, which are not lost in traces and exports.
 
     A layer is replaced by an :class:`AdoptedReversal` at the same path, whose coefficient has the name and
     the state_dict key of the old one's. A Function that a forward calls is replaced in the graph of that

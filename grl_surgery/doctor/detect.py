@@ -28,7 +28,7 @@ def inputs_of(model: nn.Module, example_inputs: Any, verb: str) -> Any:
     inputs = known_inputs(model) if example_inputs is None else example_inputs
     if inputs is None:
         raise SurgeryError(
-            f"nothing says what inputs {type(model).__name__} takes",
+            f"it is not known what inputs {type(model).__name__} takes",
             example=f"{verb}(model, torch.randn(2, 3, 224, 224))",
         )
     return inputs

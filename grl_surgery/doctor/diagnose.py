@@ -24,10 +24,10 @@ Progress = Callable[[str], None]
 
 
 def find_reversals(model: nn.Module, example_inputs: Any = None) -> tuple[Finding, ...]:
-    """Every place whose forward is the identity and whose backward reverses, and what only looks like one.
+    """Find every reversal of a network, and every place that only looks like one.
 
-    Nothing is recognised by its name. The network runs once, privately, and whatever passes its input on
-    unchanged is given a gradient of random numbers: modules, autograd Functions (also those behind custom
+    Names play no role. A copy of the network runs once, and every call that returns its input unchanged is
+    given a gradient of random numbers: modules, autograd Functions (also those behind custom
     operators) and hooks on tensors. A whole backward pass shows whether a gradient arrives there at all,
     where it goes on to, and whether it is reversed again. Arithmetic between other lines of a forward, such
     as ``2 * x.detach() - x``, is none of these calls: it is found where a module of its own computes it.
@@ -64,7 +64,7 @@ def diagnose(
     seed: int = 0,
     progress: Progress = lambda what: None,
 ) -> Diagnosis:
-    """Say whether the reversals of a network are alive, wherever it may run, and prove it by measuring.
+    """Measure whether the reversals of a network work, in eager mode and in every other context.
 
     The network runs, privately, in eager mode, in train and in eval mode, through torch.fx, torchvision's
     extractor, torch.export (also saved and loaded), torch.compile (with the ``aot_eager`` backend),
@@ -136,9 +136,9 @@ def _after_adoption(
 
 
 def assert_flips(model: nn.Module, example_inputs: Any = None, *, seed: int = 0) -> None:
-    """Fail where a network has no reversal, or loses one without an error anywhere it may run.
+    """Raise FlipError if a network has no reversal, or loses one without an error in some context.
 
-    For a test suite of one's own: it raises what pytest shows as a failure.
+    For test suites: pytest shows the error as a failure.
 
     Example:
         >>> from grl_surgery.nn.reversal import GradientReversal

@@ -49,7 +49,7 @@ class Diagnosis(_Printed):
 
     Args:
         findings: Every place that reverses, or looks as if it did.
-        outcomes: What becomes of those that reverse, context by context; empty where none does.
+        outcomes: What happens to those that reverse in each context; empty if none does.
         after: The same for the network that ``adopt`` makes; empty where there is nothing to adopt.
         adoption: Why there is nothing to adopt, or what adopting does, in a sentence.
     """
@@ -61,12 +61,12 @@ class Diagnosis(_Printed):
 
     @property
     def ok(self) -> bool:
-        """Whether there is a reversal, and no gradient passes unreversed without a word."""
+        """Whether there is a reversal, and none is lost without an error."""
         return any(row.ok for row in self.findings) and not self.lost
 
     @property
     def lost(self) -> list[str]:
-        """Whatever is lost silently, one sentence each."""
+        """The reversals that are lost without an error, one sentence for each."""
         return [
             *(f"{row.where}: {row.note}" for row in self.findings if row.is_silent),
             *(f"{row.context}: {row.note or 'not reversed'}" for row in self.outcomes if row.is_silent),
@@ -239,11 +239,11 @@ class Adoption(_Printed):
 
     Args:
         model: The network.
-        adopted: What was replaced.
-        left: What was not.
+        adopted: The reversals that were replaced.
+        left: Those that were not.
         difference: The largest relative difference of a gradient before and after, in eager mode, train and
             eval; 0 is bit for bit; None where the network did not run before.
-        outcomes: What becomes of the reversals now, context by context; empty where no gradient arrives at
+        outcomes: What happens to the reversals now in each context; empty if no gradient arrives at
             any of them.
     """
 

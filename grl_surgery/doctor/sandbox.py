@@ -143,9 +143,8 @@ def private_runs(model: nn.Module) -> Iterator[list[str]]:
     Yields:
         A list that is filled in the end: the names of class attributes and globals that were changed.
     """
-    level = logging.root.manager.disable
     with (
-        repeatable(),
+        repeatable(),  # of the threads, one at a time: the level below is nobody else's
         preserve_python_state(dict(model.named_modules())),
         _shared_state_kept(model) as changed,
         warnings.catch_warnings(),
@@ -153,6 +152,7 @@ def private_runs(model: nn.Module) -> Iterator[list[str]]:
         contextlib.redirect_stdout(io.StringIO()),
     ):
         warnings.simplefilter("ignore")
+        level = logging.root.manager.disable
         logging.disable(logging.ERROR)
         try:
             yield changed

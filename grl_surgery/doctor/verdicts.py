@@ -48,8 +48,8 @@ class Finding:
         source: File and line, where they are known.
         coeff_from: What sets the coefficient, found by changing it: ``grl.alpha``; None where nothing does.
         moves: Whether the factor is another one at the next forward.
-        remarks: What else is worth knowing.
-        calls: How often the forward comes by.
+        remarks: Further observations.
+        calls: How often one forward calls it.
         ours: Whether it is a :class:`GradientReversal` already.
     """
 
@@ -69,17 +69,17 @@ class Finding:
 
     @property
     def ok(self) -> bool:
-        """Whether it reverses, and something is trained by what it reverses."""
+        """Whether it reverses a gradient that reaches a trainable parameter."""
         return self.verdict == "reverses"
 
     @property
     def is_silent(self) -> bool:
-        """Whether a gradient passes unreversed without a word, though the place looks like a reversal."""
+        """Whether the place looks like a reversal and passes the gradient unreversed, without an error."""
         return self.verdict not in ("reverses", "no multiple", "fails", "signed, negative")
 
     @property
     def fix(self) -> str:
-        """What to do; empty where nothing is to be done."""
+        """How to mend it; empty if nothing is wrong."""
         if self.verdict == "fails" and "inplace" in self.note:
             return "no inplace=True behind it; or gs.adopt(model), where no other branch reads that value"
         return FIXES.get(self.verdict, "")

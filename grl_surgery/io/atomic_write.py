@@ -154,7 +154,7 @@ def _said_where(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ExportError(
-            f"{path} cannot be written: {error.strerror or error}; what was there before is as it was",
+            f"{path} cannot be written: {error.strerror or error}; an older file is unchanged",
             example=f"another folder: {os.path.join(tempfile.gettempdir(), path.name)!r}",
         ) from error
 

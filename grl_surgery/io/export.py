@@ -82,7 +82,7 @@ def export(
     file = _checked_path(path, "export(m, 'm.safetensors')")
     if file.suffix not in (*_FORMATS, ""):
         raise ExportError(
-            f"{file.name!r} has an ending that is no format; formats are {', '.join(_FORMATS)}, and a folder "
+            f"{file.name!r} has an unknown ending; formats are {', '.join(_FORMATS)}, and a folder "
             "of code for a name without an ending",
             example=f"export(m, {str(file.with_suffix('.safetensors'))!r})",
         )
@@ -290,7 +290,7 @@ def load(
             example=f"onnxruntime.InferenceSession({os.fspath(file)!r})",
         )
     if file.suffix != ".pt2":
-        raise ExportError(f"{file} has an ending that is no format", choices=_FORMATS[:2])
+        raise ExportError(f"{file} has an unknown ending", choices=_FORMATS[:2])
     if model is not None or heads is not None:
         raise ExportError("a program is complete: load(path) takes no model and no heads for it")
     return programs.read_program(file)

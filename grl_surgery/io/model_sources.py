@@ -1,4 +1,4 @@
-"""Finds out where a network came from, and builds it again without trusting who says so."""
+"""Finds the name from which a library made a network, and builds it again from untrusted files."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def inputs_for(model: nn.Module, example_inputs: Any) -> Inputs:
         given = known_inputs(strip(model) if any(cuts_by_module(model).values()) else model)
     if given is None:
         raise ExportError(
-            f"nothing says what inputs {type(model).__name__} takes, and a program is recorded by running it",
+            f"it is not known what inputs {type(model).__name__} takes; a program is recorded by running it",
             example="export(m, 'm.pt2', example_inputs=(torch.randn(2, 3, 224, 224),))",
         )
     return as_arguments(given)

@@ -1,4 +1,4 @@
-"""What a .pt2 archive may contain before torch is allowed to read it.
+"""Checks a .pt2 archive before torch reads it.
 
 ``torch.export.load`` trusts its file: it unpickles, it looks functions up by the names in the file, and it
 evaluates sizes as Python. An archive that needs any of this is refused here; what export writes needs none.

@@ -1,4 +1,4 @@
-"""Walks through Python objects, and makes those anew that lead to something which another stands in for."""
+"""Walks through Python objects, and copies those that refer to an object that was replaced."""
 
 from __future__ import annotations
 

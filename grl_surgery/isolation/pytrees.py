@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["PLAIN", "keys_of", "part_of", "parts_of", "tensors_in"]
+__all__ = ["PLAIN", "dense", "keys_of", "part_of", "parts_of", "tensors_in"]
 
 # Values that are compared as they are, and that have no parts.
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum)
@@ -64,3 +64,10 @@ def parts_of(value: Any, at: str = "output") -> Iterator[tuple[str, Any]]:
 def tensors_in(value: Any) -> list[torch.Tensor]:
     """Every tensor in a nested value, in a fixed order."""
     return [part for _, part in parts_of(value) if isinstance(part, torch.Tensor)]
+
+
+def dense(tensor: torch.Tensor) -> torch.Tensor:
+    """The numbers of a nested tensor in one of the usual kind, which can be compared; any other as it is."""
+    if not tensor.is_nested:
+        return tensor
+    return torch.cat([part.flatten() for part in tensor.unbind()])

@@ -21,6 +21,8 @@ __all__ = [
     "COMPILED",
     "ORIGINAL",
     "RedirectedHook",
+    "ReferenceRemapper",
+    "copy_attributes",
     "find_external_reference",
     "replace_submodule",
     "share_copy",
@@ -72,24 +74,37 @@ def share_copy(
     chosen = _whole(model) if only is None else only
     modules = [module for module in chosen if not isinstance(module, torch.jit.ScriptModule)]
     twins: dict[int, Any] = {id(module): object.__new__(type(module)) for module in modules}
-    redirection = _ReferenceRemapper(twins, modules)
+    redirection = ReferenceRemapper(twins, modules)
     for module in modules:
-        twin = twins[id(module)].__dict__
-        for key, value in module.__dict__.items():
-            if type(value) in _ATOMS:
-                twin[key] = value
-            elif key in _HOOKS:  # most of a module's attributes, so they are worth the haste
-                twin[key] = redirection.hooks(value) if value else OrderedDict()
-            elif key != COMPILED:
-                twin[key] = redirection.of(value)
-        if type(module).__basicsize__ > _WITHOUT_SLOTS:
-            for slot, value in slots_of(module):
-                slot.__set__(twins[id(module)], redirection.of(value))
-        if hasattr(type(module), "_after_share_copy"):
-            twins[id(module)]._after_share_copy()
+        copy_attributes(module, twins[id(module)], redirection)
     if made is not None:
         made.update(redirection.made)
     return cast(nn.Module, twins.get(id(model), model))
+
+
+def copy_attributes(module: nn.Module, twin: nn.Module, redirection: ReferenceRemapper) -> None:
+    """Give a new object of a module's class what the module has, leading to the copies of modules.
+
+    Args:
+        module: What is copied.
+        twin: An object of its class that has no attributes yet.
+        redirection: Knows what stands in the place of each module.
+    """
+    attributes = twin.__dict__
+    attributes.update(module.__dict__)
+    attributes.pop(COMPILED, None)
+    for key, value in attributes.items():
+        if type(value) not in _ATOMS:
+            if key in _HOOKS:  # most of a module's attributes, so they are worth the haste
+                attributes[key] = redirection.hooks(value) if value else OrderedDict()
+            else:
+                attributes[key] = redirection.of(value)
+    if type(module).__basicsize__ > _WITHOUT_SLOTS:
+        for slot, value in slots_of(module):
+            slot.__set__(twin, redirection.of(value))
+    prepare: Any = getattr(type(twin), "_after_share_copy", None)
+    if prepare is not None:
+        prepare(twin)
 
 
 def replace_submodule(tree: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -105,7 +120,7 @@ def replace_submodule(tree: nn.Module, old: nn.Module, new: nn.Module) -> None:
     inside = dict(new.named_modules())
     pairs = [(module, inside.get(path)) for path, module in old.named_modules()]
     twins = {id(module): twin for module, twin in pairs if twin is not None and twin is not module}
-    redirection = _ReferenceRemapper(twins)
+    redirection = ReferenceRemapper(twins)
     for module in {id(m): m for root in (tree, new) for m in _whole(root) if m is not old}.values():
         for key, value in list(module.__dict__.items()):
             if type(value) in _ATOMS or key == ORIGINAL:
@@ -221,7 +236,7 @@ def _reached(value: Any, own: Collection[int], seen: dict[int, Any]) -> Iterator
             waiting += _held(item)
 
 
-class _ReferenceRemapper:
+class ReferenceRemapper:
     """Makes values anew that lead to modules, so that they lead to the modules' twins instead.
 
     Args:
@@ -274,6 +289,8 @@ class _ReferenceRemapper:
         kind = type(value)
         if id(value) in self.made:
             return self.made[id(value)]
+        if id(value) in self.twins:
+            return self.twins[id(value)]
         if kind in _DICTS:
             return self.mapping(value)
         if kind in _ATOMS:
@@ -377,7 +394,9 @@ class _ReferenceRemapper:
             return self.twins[id(hook)]
         if isinstance(hook, RedirectedHook):
             return hook.redirected(self.made)
-        if kind is types.MethodType and id(hook.__self__) in self.twins:
+        if self.is_state(hook):
+            return self.of(hook)
+        if kind is types.MethodType and (id(hook.__self__) in self.twins or self.is_state(hook.__self__)):
             return self.method(hook)
         if kind is types.FunctionType and any(map(self.holds, hook.__closure__ or ())):
             return self.function(hook, self.holds, self.hook)
@@ -390,10 +409,26 @@ class _ReferenceRemapper:
         return hook
 
     def holds(self, cell: Any) -> bool:
-        """Whether a cell of a function holds one of the modules itself."""
-        return any(id(item) in self.twins for item in gc.get_referents(cell))
+        """Whether a cell of a function holds one of the modules itself, or what one keeps in an attribute."""
+        return any(id(item) in self.twins or self.is_state(item) for item in gc.get_referents(cell))
+
+    def is_state(self, value: Any) -> bool:
+        """Whether a module that is copied has a value in an attribute, directly or inside another value."""
+        return type(value) not in _ATOMS and not issubclass(type(value), _ENDS) and id(value) in self.state
+
+    @functools.cached_property
+    def state(self) -> dict[int, Any]:
+        """What the copied modules keep in attributes of their own."""
+        seen: dict[int, Any] = {}
+        for module in self.modules:
+            for key, value in module.__dict__.items():
+                if key not in _HOOKS and key not in _STRUCTURE:
+                    for _ in _reached(value, self.twins, seen):
+                        pass
+        return seen
 
 
+_STRUCTURE = frozenset({"_parameters", "_buffers", "_modules", ORIGINAL, COMPILED})
 _DICTS = frozenset({dict, OrderedDict, defaultdict})
 _ATOMS = frozenset(
     {bool, int, float, str, type(None), torch.Size, torch.Tensor, nn.Parameter, torch.dtype, torch.device}

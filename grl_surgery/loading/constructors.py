@@ -145,17 +145,26 @@ def _inputs(model: nn.Module, arguments: Mapping[str, Any]) -> Iterator[dict[str
     if not asked:
         asked = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][:1]
     graph = bool({"edge_index", "pos"} & names)
+    optional = [p.name for p in parameters if p.default is None and p.name not in (*asked, *_LEFT_OUT)]
     for main in _graphs(arguments) if graph else _tensors(arguments):
         values = [main if i == 0 else None for i in range(len(asked))]
         rest = [_others(name, main, arguments) for name in asked[1:]]
         if asked and _others(asked[0], main, arguments) and (graph and asked[0] != "x"):
             values[0] = _others(asked[0], main, arguments)[0]
-        for chosen in itertools.islice(itertools.product(*rest), 4):
-            yield dict(zip(asked, [values[0], *chosen], strict=True))
+        more = {name: made[0] for name in optional if (made := _others(name, main, arguments))}
+        for extra in ({}, more) if more and asked and not graph else ({},):
+            for chosen in itertools.islice(itertools.product(*rest), 4):
+                yield {**dict(zip(asked, [values[0], *chosen], strict=True)), **extra}
     var_args = [p for p in parameters if p.kind is p.VAR_POSITIONAL]
     if var_args and not asked:
         for main in _tensors(arguments):
             yield (main,)
+
+
+# How wide what an encoder hands over is.
+_ENCODED = ("caption_channels", "joint_attention_dim", "embedding_dim", "cross_attention_dim")
+# Arguments that forward does without: an objective, or masks of everything.
+_LEFT_OUT = ("target", "y", "encoder_attention_mask", "seg", "lengths", "lens", "batch")
 
 
 def _tensors(arguments: Mapping[str, Any]) -> Iterator[torch.Tensor]:
@@ -177,6 +186,7 @@ def _tensors(arguments: Mapping[str, Any]) -> Iterator[torch.Tensor]:
             sizes += [(2, count, size, size), (2, count, size, size, size)]
         sizes += [(2, count, side, side) for side in (32, 64, 16, 128)]
         sizes += [(2, count, side, side, side) for side in (16, 32, 64)]
+    sizes += [(2, 2, 3, 64, 64)]
     width = known if isinstance(known, int) else 40
     sizes += [
         (2, 20, width),
@@ -227,7 +237,7 @@ def _others(name: str, main: torch.Tensor, arguments: Mapping[str, Any]) -> list
         "timesteps": lambda: [torch.tensor([3] * batch)],
         "t": lambda: [torch.tensor([3] * batch)],
         "encoder_hidden_states": lambda: [
-            normal(batch, 7, int(arguments.get("cross_attention_dim", arguments.get("caption_channels", 32))))
+            normal(batch, 7, int(next((arguments[name] for name in _ENCODED if name in arguments), 32)))
         ],
         "context": lambda: [normal(batch, 7, int(arguments.get("cross_attention_dim", 32)))],
         "lengths": lambda: [torch.full((batch,), length), torch.ones(batch)],
@@ -239,7 +249,14 @@ def _others(name: str, main: torch.Tensor, arguments: Mapping[str, Any]) -> list
         "target": lambda: [torch.randn(main.shape, generator=generator)],
         "y": lambda: [torch.randn(main.shape, generator=generator)],
         "references": lambda: [torch.randn(main.shape, generator=generator)],
-        "controlnet_cond": lambda: [torch.randn(main.shape, generator=generator)],
+        "controlnet_cond": lambda: [
+            torch.randn(main.shape, generator=generator),
+            normal(batch, 3, *(8 * side for side in main.shape[2:])),
+        ],
+        "proj_embedding": lambda: [normal(batch, int(arguments.get("embedding_dim", 32)))],
+        "token_lengths": lambda: [torch.full((batch,), length)],
+        "mel_specgram": lambda: [normal(batch, int(arguments.get("n_mels", 80)), 12)],
+        "mel_specgram_lengths": lambda: [torch.full((batch,), 12)],
         "encoder_attention_mask": lambda: [torch.ones(batch, 7)],
         "pooled_projections": lambda: [normal(batch, int(arguments.get("pooled_projection_dim", 32)))],
         "class_labels": lambda: [torch.zeros(batch, dtype=torch.int64)],

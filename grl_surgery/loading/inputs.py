@@ -116,6 +116,8 @@ def _size(value: Any) -> str:
         return f"[{', '.join(map(_size, value))}]"
     if not isinstance(value, torch.Tensor):
         return reprlib.repr(value)
+    if value.is_nested:
+        return f"{value.size(0)} nested"
     return "x".join(map(str, value.shape)) or "one number"
 
 

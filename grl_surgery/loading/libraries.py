@@ -270,35 +270,47 @@ def _open_clip(package: Any, name: str, arguments: Mapping[str, Any]) -> tuple[n
         raise SurgeryError(
             f"open_clip has no network {name!r}", choices=[f"open_clip/{choice}" for choice in near]
         )
-    small = _small_clip(config)
-    small.update(arguments)
-    try:
-        model = package.create_model(name, pretrained=None, **small)
-    except Exception as error:
-        raise SurgeryError(f"open_clip/{name} cannot be made small: {one_line(error)}") from error
-    size = getattr(model.visual, "image_size", 64)
-    side = size if isinstance(size, int) else size[0]
-    generator = torch.Generator().manual_seed(0)
-    words = int(getattr(model, "context_length", None) or config["text_cfg"].get("context_length", 77))
-    text = torch.randint(1, 40, (2, words), generator=generator)
-    return model, {"image": torch.rand(2, 3, side, side, generator=generator), "text": text}
+    problem = "it does not run"
+    for own_size in (False, True):  # some take images of one size only
+        small = _small_clip(config, own_size)
+        small.update(arguments)
+        try:
+            model = package.create_model(name, pretrained=None, **small)
+        except Exception as error:
+            raise SurgeryError(f"open_clip/{name} cannot be made small: {one_line(error)}") from error
+        size = getattr(model.visual, "image_size", 64)
+        side = size if isinstance(size, int) else size[0]
+        generator = torch.Generator().manual_seed(0)
+        words = int(getattr(model, "context_length", None) or config["text_cfg"].get("context_length", 77))
+        text = torch.randint(1, 40, (2, words), generator=generator)
+        inputs = {"image": torch.rand(2, 3, side, side, generator=generator), "text": text}
+        try:
+            with torch.no_grad():
+                model(**inputs)
+        except Exception as error:
+            problem = one_line(error)
+            continue
+        return model, inputs
+    raise SurgeryError(f"open_clip/{name} cannot be made small: {problem}")
 
 
-def _small_clip(config: Mapping[str, Any]) -> dict[str, Any]:
+def _small_clip(config: Mapping[str, Any], own_size: bool) -> dict[str, Any]:
     """The same configuration with everything wide divided by eight, and two layers."""
     small: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
-            small[key] = _small_clip(value)
+            small[key] = _small_clip(value, own_size)
         elif key == "layers":
             small[key] = min(value, 2) if isinstance(value, int) else [1 for _ in value]
         elif key in ("width", "embed_dim", "head_width") and isinstance(value, int):
             small[key] = max(value // 8, 8)
         elif key == "vocab_size":
             small[key] = 64
-        elif key == "image_size" and isinstance(value, int):
+        elif key == "image_size" and isinstance(value, int) and not own_size:
             small[key] = 4 * config["patch_size"] if isinstance(config.get("patch_size"), int) else 64
         else:
             small[key] = value
+    if "patch_size" in small and "width" in small:
+        small.setdefault("head_width", 8)  # the default is wider than all of it
     small.pop("custom_text", None)
     return small

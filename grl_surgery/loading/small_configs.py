@@ -36,6 +36,13 @@ _VOCAB = re.compile(r"(^|_)(vocab_size|vocabulary_size|n_vocab|vocab_size_per_la
 _POSITIONS = re.compile(
     r"(^|_)(max_position_embeddings|n_positions|max_seq_len|max_sequence_length|n_ctx|max_source_positions|max_target_positions)$"
 )
+_HEADS = re.compile(
+    r"(^|_)(num_attention_heads|num_key_value_heads|num_kv_heads|num_heads|n_heads?|n_kv_heads|attention_heads"
+    r"|num_query_heads|linear_num_key_heads|linear_num_value_heads)$"
+)
+_OF_ONE_HEAD = re.compile(
+    r"(^|_)(head_dims?|d_kv|d_head|rotary_dims?|mrope_section|kv_channels|lora_ranks?|lora_dims?)$"
+)
 _TOKEN = re.compile(r"(_token_id|_token_index|_token_ids|_id|_token)$")
 _VOCAB_SIZE, _WIDTH_WANTED, _HEAD_WIDTH = 256, 64, 8
 
@@ -43,19 +50,23 @@ _VOCAB_SIZE, _WIDTH_WANTED, _HEAD_WIDTH = 256, 64, 8
 def small_configs(config: Any) -> Iterator[Any]:
     """Small copies of a configuration, the smallest first, and the configuration itself last.
 
-    Widths are all divided by one number, so that what divides what stays so. Layers, experts, the vocabulary
-    and images shrink on their own. Not every result can be built: try one after the other.
+    Widths are all divided by one number, so that what divides what stays so; first by one more, by which the
+    number of heads is divided too. Layers, experts, the vocabulary and images shrink on their own. Not every
+    result can be built: try one after the other.
 
     Example:
         >>> from transformers import BertConfig
         >>> small = next(small_configs(BertConfig()))
         >>> small.hidden_size, small.num_attention_heads, small.num_hidden_layers
-        (96, 12, 2)
+        (24, 3, 2)
 
     Args:
         config: Of any model of transformers.
     """
     factor = _factor(config)
+    heads = _head_factor(config)
+    for divisor in dict.fromkeys([factor, max(1, factor // 4), 1]) if heads > 1 else ():
+        yield _shrunk(config, divisor, 2, images=True, heads=heads)
     factors = [factor >> shift for shift in range(factor.bit_length())]
     for layers in (2, 4):
         for divisor in factors[:3]:
@@ -106,12 +117,28 @@ def _factor(config: Any) -> int:
     return 1 << max(0, int(math.log2(max(wanted, 1.0))))
 
 
+def _head_factor(config: Any) -> int:
+    """The largest power of two that divides every number of heads, and leaves two of the most."""
+    counts = [
+        value
+        for part in _parts(config)
+        for name, value in vars(part).items()
+        if _HEADS.search(name) and type(value) is int and value > 1
+    ]
+    common = math.gcd(*counts) if counts else 1
+    power = common & -common
+    return power // 2 if counts and power == max(counts) else power
+
+
 def _number(part: Any, name: str) -> int:
-    value = getattr(part, name, None)
+    try:
+        value = getattr(part, name, None)
+    except Exception:  # each layer has one of its own
+        return 0
     return value if type(value) is int else 0
 
 
-def _shrunk(config: Any, factor: int, layers: int, images: bool) -> Any:
+def _shrunk(config: Any, factor: int, layers: int, images: bool, heads: int = 1) -> Any:
     small = copy.deepcopy(config)
     ids: dict[int, int] = {}
     for part in _parts(small):
@@ -121,11 +148,14 @@ def _shrunk(config: Any, factor: int, layers: int, images: bool) -> Any:
         for name, value in list(vars(part).items()):
             if name.startswith("_") or isinstance(value, bool):
                 continue
-            new = _new(name, value, factor, layers, ids, old_layers)
+            new = _new(name, value, factor, layers, ids, old_layers, heads)
             if new is not value:
                 _set(part, name, new)
         if images:
             _shrink_images(part)
+        for width, count in (("hidden_size", "num_attention_heads"), ("d_model", "num_heads")):
+            if _number(part, width) and _number(part, count):  # some defaults do not fit together
+                _set(part, count, math.gcd(_number(part, width), _number(part, count)))
     return small
 
 
@@ -136,10 +166,18 @@ def _set(part: Any, name: str, value: Any) -> None:
         part.__dict__[name] = value
 
 
-def _new(name: str, value: Any, factor: int, layers: int, ids: dict[int, int], old_layers: int) -> Any:
+def _new(
+    name: str, value: Any, factor: int, layers: int, ids: dict[int, int], old_layers: int, heads: int
+) -> Any:
+    if _HEADS.search(name) and type(value) is int:
+        return max(1, value // heads)
+    if value is None:  # the default of a configuration that every checkpoint sets
+        if name == "pad_token_id":
+            return 0
+        return _VOCAB_SIZE if _VOCAB.search(name) else 2 if _CHOSEN_EXPERTS.search(name) else None
     if name in ("rope_parameters", "rope_scaling") and isinstance(value, dict):
         return {
-            key: _divided(item, factor) if key == "mrope_section" else item for key, item in value.items()
+            key: _sections(item, factor) if key == "mrope_section" else item for key, item in value.items()
         }
     if isinstance(value, (list, tuple)) and len(value) == old_layers > layers and not _WIDTH.search(name):
         return type(value)(value[:layers])
@@ -161,8 +199,17 @@ def _new(name: str, value: Any, factor: int, layers: int, ids: dict[int, int], o
         if re.search(r"(^|_)(n_group|topk_group)$", name):
             return min(value, 1)
     if _WIDTH.search(name) and not _NO_WIDTH.search(name):
-        return _divided(value, factor)
+        return _divided(value, factor if _OF_ONE_HEAD.search(name) else factor * heads)
     return value
+
+
+def _sections(value: Any, factor: int) -> Any:
+    """The parts of one head that turn with time, height and width: their sum is divided."""
+    if not isinstance(value, (list, tuple)) or not all(type(item) is int for item in value):
+        return value
+    parts = [item // factor for item in value]
+    parts[0] += sum(value) // factor - sum(parts)
+    return type(value)(parts)
 
 
 def _divided(value: Any, factor: int) -> Any:

@@ -57,7 +57,7 @@ def from_transformers(
 
 
 def _small(kind: Any, config_class: Any, name: str, arguments: Mapping[str, Any]) -> tuple[nn.Module, Inputs]:
-    problem = "no inputs that were tried run"
+    problem, limit = "", 60
     try:
         default = config_class()
         configs = list(small_configs(default))
@@ -73,17 +73,19 @@ def _small(kind: Any, config_class: Any, name: str, arguments: Mapping[str, Any]
                 with torch.device("meta"):
                     count = sum(p.numel() for p in kind(copy.deepcopy(config)).parameters())
                 if count > _LARGEST:
-                    problem = f"it has {count:,} parameters, small as it is"
+                    problem = problem or f"it has {count:,} parameters, small as it is"
                     continue
                 model = kind(config)
-            inputs = inputs_for_config(model, config)
+            inputs = inputs_for_config(model, config, limit=limit)
         except MemoryError:
             raise
         except Exception as error:
-            problem = one_line(error)
+            problem = problem or one_line(error)
             continue
         if inputs is not None:
             return model, inputs
+        problem = problem or "no inputs that were tried run"
+        limit = 12  # what no input suits in one size, few suit in another
     raise SurgeryError(
         f"transformers/{name} cannot be made small and random: {problem}",
         example="package.module:factory, a function that returns the network and its inputs",

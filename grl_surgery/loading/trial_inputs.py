@@ -25,6 +25,8 @@ _GROUPS: tuple[tuple[str, ...], ...] = (
     ("decoder_input_ids", "input_ids"),
     ("input_features",),
     ("input_ids", "input_features"),
+    ("input_features", "input_features_mask"),
+    ("states", "actions", "rewards", "returns_to_go", "timesteps"),
     ("input_values",),
     ("input_ids", "attention_mask", "bbox"),
     ("input_ids", "attention_mask", "pixel_values", "bbox"),
@@ -34,10 +36,11 @@ _GROUPS: tuple[tuple[str, ...], ...] = (
 
 
 def inputs_for_config(
-    model: nn.Module, config: Any, batch: int = 2, length: int = 9
+    model: nn.Module, config: Any, batch: int = 2, length: int = 9, limit: int = 60
 ) -> dict[str, torch.Tensor] | None:
-    """Arguments of forward by name, on which the network runs; None where nothing that was tried does."""
-    found: dict[str, torch.Tensor] | None = first_that_runs(model, _candidates(model, config, batch, length))
+    """Arguments of forward by name, on which the network runs; None where nothing of so many does."""
+    candidates = _candidates(model, config, batch, length)
+    found: dict[str, torch.Tensor] | None = first_that_runs(model, candidates, limit)
     return found
 
 
@@ -196,7 +199,13 @@ def arguments_named(name: str, config: Any, batch: int, length: int) -> list[tor
             )
         ],
         "hidden_states": lambda: [
-            normal(batch, length, _looked_up(config, "hidden_size", "d_model", default=32))
+            *_patches(config, batch, normal),
+            normal(batch, length, _looked_up(config, "hidden_size", "d_model", default=32)),
+        ],
+        "query_embeds": lambda: [normal(batch, length, _looked_up(config, "hidden_size", default=32))],
+        "input_features_mask": lambda: [
+            torch.ones(batch, spectrum.shape[-1], dtype=torch.int64)
+            for spectrum in _spectra(config, batch, normal)
         ],
         "inputs_embeds": lambda: [
             normal(batch, length, _looked_up(config, "hidden_size", "d_model", default=32))
@@ -257,7 +266,16 @@ def _images(config: Any, batch: int, normal: Any) -> list[torch.Tensor]:
     several = [normal(batch, 1, channels, height, width), normal(batch, 2, channels, height, width)]
     videos = [normal(batch, frames, channels, height, width)] if type(frames) is int else []
     larger = [normal(batch, channels, side, side) for side in (128, 224)]
-    return [*videos, *flat, *several[:1], *larger, *several[1:]]
+    return [*videos, *flat, *several[:1], *_patches(config, batch, normal), *larger, *several[1:]]
+
+
+def _patches(config: Any, batch: int, normal: Any) -> list[torch.Tensor]:
+    """Sixteen patches of each image, one a row, as networks take them that take images of any size."""
+    patch, frames = _looked_up(config, "patch_size"), _looked_up(config, "temporal_patch_size", default=1)
+    channels = _looked_up(config, "in_channels", "in_chans", "num_channels", default=3)
+    if not all(type(value) is int for value in (patch, frames, channels)):
+        return []
+    return [normal(16 * batch, channels * frames * patch**2)]
 
 
 def _videos(config: Any, batch: int, normal: Any) -> list[torch.Tensor]:

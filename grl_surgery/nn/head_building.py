@@ -192,7 +192,7 @@ _CLASSIFIERS: dict[str, tuple[Any, int]] = {
 def _check_classifier(kind: str) -> str:
     if kind not in _CLASSIFIERS:
         raise SurgeryError(
-            f"classifier={kind!r} is neither a module nor one that is known",
+            f"classifier={kind!r} is neither a module nor a known name",
             choices=list(_CLASSIFIERS),
             example="classifier='global'",
         )
@@ -279,7 +279,7 @@ def _build_condition(
         )
     if condition not in get_args(Condition):
         raise SurgeryError(
-            f"condition={condition!r} is neither a module nor one that is known",
+            f"condition={condition!r} is neither a module nor a known name",
             choices=get_args(Condition),
             example="condition='randomized'",
         )

@@ -42,10 +42,10 @@ _OUT_OF_PLACE = (DomainClassifier, PatchDomainClassifier)
 class DomainHead(nn.Module):
     """A reversal, and behind it all that makes domain logits of a feature: pool, condition, classifier.
 
-    The reversal comes first. So every path from the logits to the feature crosses it whatever follows, and
-    what flows back into the network is exactly -coeff times what the same head without it would send; while
-    the pool, the condition and the classifier, being behind it, learn unflipped. The class logits of a
-    condition enter behind the reversal too, and detached: nothing flows back through them.
+    The reversal comes first, so every path from the logits to the feature crosses it. The network receives
+    exactly -coeff times the gradient that the same head without a reversal would send. The pool, the
+    condition and the classifier come after the reversal and get their own gradients unchanged. The class
+    logits of a condition are detached, so no gradient flows back through them.
 
     Example:
         >>> head = DomainHead(DomainClassifier(512), pool=FeaturePool("nchw"), num_domains=2)
@@ -141,10 +141,10 @@ class DomainHead(nn.Module):
         return value
 
     def keep_logits(self, logits: Any) -> None:
-        """Keep the logits of one call of the network, of a forward that has not passed the point None.
+        """Keep the logits of one call of the network; None if its forward has not passed the point.
 
         Raises:
-            SurgeryError: Whoever reads them later would read those of another network.
+            SurgeryError: The way in which the network runs would lose them, such as DataParallel.
         """
         way = _loses_logits(self)
         if way:
@@ -156,7 +156,7 @@ class DomainHead(nn.Module):
 
     @property
     def kept_logits(self) -> Any:
-        """The same as :attr:`logits`, and None where the last call has not passed the point."""
+        """Like :attr:`logits`, but None if the last call has not passed the point."""
         return None if self._logits is None else self._logits[0]
 
     def forget_logits(self) -> None:

@@ -1,4 +1,4 @@
-"""What the axes of a feature mean, and how a feature of any layout becomes one vector per sample."""
+"""Pools: layers that turn a feature of a given layout into one vector for each sample."""
 
 from __future__ import annotations
 
@@ -165,8 +165,8 @@ def _is_square(name: LayoutName, sizes: tuple[int, ...]) -> bool:
 class FeaturePool(nn.Module):
     """One vector per sample out of a feature of the given layout: (B, ..., C, ...) to (B, C).
 
-    Where it is ``masked``, it is called with a second value that says which positions count, and the others
-    change nothing: neither the result nor a gradient.
+    A ``masked`` pool is called with a second value that says which positions count. The other positions
+    affect neither the result nor a gradient.
 
     Example:
         >>> import torch

@@ -64,9 +64,9 @@ def attach_domain_head(
 ) -> nn.Module:
     """Attach a domain discriminator behind a gradient reversal to a network (DANN, Ganin et al. 2016).
 
-    The network's own computation and gradients are untouched; the domain loss reaches it reversed. The result
-    shares parameters and buffers with ``model``, as that of :func:`insert_grl`: move or cast ``model`` before
-    surgery, or the result, and not ``model`` afterwards.
+    The network's own output and its gradients stay as they are. The gradient of the domain loss reaches the
+    network reversed. The result shares parameters and buffers with ``model``, which is not changed. Move or
+    cast ``model`` before surgery, or the result afterwards, but not ``model`` afterwards.
 
     Example:
         >>> import torch
@@ -77,7 +77,7 @@ def attach_domain_head(
         torch.Size([5, 2])
 
     Args:
-        model: Any network whose forward can be traced; or the result of an earlier call.
+        model: Any network; or the result of an earlier call.
         after: The point whose value the head reads; or several points, such as the calls of a shared
             extractor: ``["encoder#1", "encoder#2"]``. Then one head, with one set of weights, reads each of
             them, and its logits are a tuple.
@@ -95,13 +95,13 @@ def attach_domain_head(
         normalize: Divide the reversed gradient by its norm; see :func:`reverse_gradient`.
         classifier: ``"global"``: one decision for each sample; ``"patch"``: one for each position; or a
             module of your own that returns logits.
-        pool: How the feature becomes (B, C): by default the mean over positions, which axis is which being
-            read off the network. ``"max"``, ``"statistics"`` (mean and deviation), ``"attention"``,
+        pool: How the feature becomes (B, C): by default the mean over positions. The network's layers tell
+            which axis is which. ``"max"``, ``"statistics"`` (mean and deviation), ``"attention"``,
             ``"class_token"`` and ``"last"`` reduce otherwise; a layout such as ``"lnc"`` says what the axes
             are; a module of your own pools as it likes; ``"none"`` hands over the feature as it is.
         mask: Point, or argument of forward, that says which positions of a sequence count: (B, L), nonzero
             where one does, or lengths (B,). The pool leaves out the others.
-        padding: The same with the opposite meaning, as torch's ``key_padding_mask``: nonzero where a position
+        padding: A mask with the opposite meaning, as torch's ``key_padding_mask``: nonzero where a position
             does not count.
         condition_on: Point, or argument of forward, with the class logits (B, classes) for a conditional head
             (CDAN, Long et al. 2018), or another value (B, ...): an embedding, a regression output.
@@ -147,7 +147,7 @@ def attach_domain_head(
     points = [features[0], *(_point(base, at, argument, inputs) for argument, at in seconds)]
     if inputs is None:
         raise SurgeryError(
-            f"nothing says what inputs {type(base).__name__} takes, so the head cannot be sized",
+            f"it is not known what inputs {type(base).__name__} takes, so the head cannot be sized",
             example="attach_domain_head(model, 'layer3', example_inputs=(torch.randn(2, 3, 224, 224),))",
         )
     sized = _materialized(base, inputs)
@@ -292,7 +292,7 @@ def _check_name(base: nn.Module, modules: Mapping[str, nn.Module], name: str) ->
         raise SurgeryError(f"name={name!r} cannot be an attribute of a module", example="name='domain'")
     if name.startswith("_"):
         raise SurgeryError(
-            f"name={name!r} begins with an underscore, as the attributes that are no heads do",
+            f"name={name!r} begins with an underscore, which names of heads must not",
             example="name='domain'",
         )
     free = free_name(name, modules, base)

@@ -270,7 +270,7 @@ def bind_inputs(graph: fx.Graph, example_inputs: Any) -> list[Any]:
         given = dict(zip(names, values, strict=False))
         if len(values) > len(names):
             raise SurgeryError(
-                f"{len(values)} example inputs for a forward of {len(names)}: {', '.join(names)}"
+                f"{len(values)} example inputs were passed; forward takes {len(names)}: {', '.join(names)}"
             )
     unknown = [name for name in given if name not in names]
     missing = [str(node.target) for node in placeholders if not node.args and node.target not in given]
@@ -350,6 +350,9 @@ def shapes_at(
     tree._modules.update((probe.module, nn.Identity()) for probe in probes)
     found = [(graph, _called(graph, probes)) for graph in traced.graphs.values()]  # one mode may lack a point
     graph, nodes = next((row for row in found if None not in row[1]), found[0])
+    if None in nodes:  # such as an item by another key than the one by which the forward reads it
+        unread = points[nodes.index(None)]
+        raise TracingError(f"no graph of {type(model).__name__} computes {unread!r}")
     inputs = bind_inputs(graph, example_inputs)
     shapes, failure = _shapes(tree, graph, traced.constants, inputs, nodes)
     if failure and not shapes.keys() >= set(nodes):

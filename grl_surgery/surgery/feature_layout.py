@@ -1,4 +1,4 @@
-"""What the axes of a value mean, read off the network that makes it.
+"""Finds what the axes of a value mean, from the network that makes it.
 
 The original network runs on its example inputs, on tensors without data where that works. Its layers say
 which axis holds the channels: a convolution, a norm, a linear or recurrent layer, a transformer. A second run
@@ -167,7 +167,7 @@ def _one_more(inputs: Any, axis: int) -> tuple[int | None, Any]:
         first = _first(values)
         if first is None or first.dim() <= axis:
             return None, None
-        size = first.shape[axis]
+        size = first.size(axis)
         longer = [
             pytree.tree_map_only(Tensor, lambda t: _repeated(t, _axis_of(t, axis, size)), v) for v in values
         ]
@@ -182,6 +182,8 @@ def _one_more(inputs: Any, axis: int) -> tuple[int | None, Any]:
 def _axis_of(tensor: Tensor, axis: int, size: int) -> int | None:
     """The axis of a further input that is the batch: the same one, the first, or any other of that size."""
     order = [axis, 0, *range(tensor.dim())]
+    if tensor.is_nested:
+        return 0 if tensor.size(0) == size else None
     return next((a for a in order if a < tensor.dim() and tensor.shape[a] == size), None)
 
 
@@ -192,6 +194,9 @@ def _repeated(tensor: Tensor, axis: int | None) -> Tensor:
     """
     if axis is None:
         return tensor
+    if tensor.is_nested:
+        rows = tensor.unbind()
+        return torch.nested.as_nested_tensor([*rows, rows[0]], layout=tensor.layout)
     whole = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
     if whole and tensor.dim() == 1 and tensor.numel() > 1 and tensor[0] == 0:
         steps = tensor[1:] - tensor[:-1]

@@ -248,10 +248,16 @@ def _values(
 
 
 def _item_takers(node: fx.Node, items: tuple[Any, ...]) -> Iterator[tuple[fx.Node, tuple[Any, ...]]]:
-    """Yield the nodes that take an item where nobody takes the whole; otherwise the value and the item."""
+    """Yield the nodes that take an item where nobody takes the whole; otherwise the value and the item.
+
+    An item of a mapping may be taken by its place, ``output[0]``, and be cut by its name: that is the item
+    of the whole.
+    """
     taken = [user for user in node.users if user.target is operator.getitem and user.args[0] is node]
-    if len(items) == 1 and len(taken) == len(node.users):
-        yield from ((user, ()) for user in taken if user.args[1] == items[0])
+    same = [user for user in taken if len(items) == 1 and user.args[1] == items[0]]
+    alike = len(items) == 1 and all(type(user.args[1]) is type(items[0]) for user in taken)
+    if len(taken) == len(node.users) and (same or alike):
+        yield from ((user, ()) for user in same)
     else:
         yield node, items
 
@@ -534,6 +540,11 @@ def _refuse_no_tensor(model: nn.Module, value: fx.Node, name: str, target: str |
         raise ShapeError(
             f"the value of {name!r} is a tuple of 2 tensors: choose one", example=f"after='{name}[0]'"
         )
+    if value.op == "get_attr" and not _may_get_a_gradient(model, str(value.target)):
+        raise ShapeError(
+            f"{name!r} is a buffer: it gets no gradient, so a reversal of it would have no effect",
+            example="after='block', the path of a module that reads it",
+        )
     if is_integral(value):
         users = [user for user in value.users if target in (None, user.meta.get("point"))]
         beside = (
@@ -547,3 +558,10 @@ def _refuse_no_tensor(model: nn.Module, value: fx.Node, name: str, target: str |
             f"the value of {name!r} is of integers or truth values: no gradient flows through it",
             example=next(beside, None),
         )
+
+
+def _may_get_a_gradient(model: nn.Module, name: str) -> bool:
+    """Whether a tensor of the network is a parameter, or a buffer that was told to require a gradient."""
+    path, _, attribute = name.rpartition(".")
+    tensor = model.get_submodule(path)._buffers.get(attribute)
+    return tensor is None or tensor.requires_grad

@@ -12,6 +12,7 @@ import torch
 import torch.utils._pytree as pytree  # torch has no other name for it
 from torch import fx, nn
 
+from grl_surgery.isolation.object_graph import remake
 from grl_surgery.nn.nested_reversal import one_operation
 
 __all__ = ["LOGITS", "add_logits", "heads_that_keep", "split_logits"]
@@ -92,7 +93,8 @@ def _split(output: Any, names: Sequence[str]) -> tuple[Any, ...]:
     if not names:
         return (output,)
     if isinstance(output, Mapping):
-        plain: Any = copy.copy(output)
+        is_of_transformers = hasattr(type(output), "__dataclass_fields__")
+        plain: Any = copy.copy(output) if is_of_transformers else _copied(output)
         return plain, *(_pop(plain, name + LOGITS) for name in names)
     if _is_plain(output):
         return tuple(output)
@@ -112,7 +114,11 @@ def _copied(output: Any) -> Any:
     ):  # an output of transformers, which torch.compile makes by its class
         kind: Any = type(output)
         return kind(**output)
-    return output.copy() if isinstance(output, dict) else copy.copy(output)
+    if type(output) in (dict, OrderedDict):
+        return output.copy()
+    if isinstance(output, dict):  # its copy() may be a plain dict, and copy.copy() may call its __init__
+        return remake(output, lambda item: item, lambda twin: twin, lambda key: key)
+    return copy.copy(output)
 
 
 def _is_plain(output: Any) -> bool:

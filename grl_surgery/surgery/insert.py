@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import os
@@ -15,6 +16,7 @@ from torch import nn
 
 from grl_surgery.capture.node_names import TORCH
 from grl_surgery.errors import SurgeryError, TracingError
+from grl_surgery.isolation.module_tree import modules_by_path
 from grl_surgery.isolation.shared_copy import COMPILED, replace_submodule
 from grl_surgery.loading.inputs import example_inputs as known_inputs
 from grl_surgery.nn.reversal import GradientReversal
@@ -22,7 +24,7 @@ from grl_surgery.points import Edge, ancestors, near_names
 from grl_surgery.surgery.exported_program import check_no_program
 from grl_surgery.surgery.graph_rewrite import apply_cuts
 from grl_surgery.surgery.head_outputs import heads_that_keep
-from grl_surgery.surgery.run_checks import check_by_running
+from grl_surgery.surgery.run_checks import check_arguments, check_by_running
 from grl_surgery.surgery.selectors import Selector, name_modules, select_edges, select_points
 from grl_surgery.surgery.spliced_module import Cut, SplicedModule, disassemble, free_name, surgery_of
 from grl_surgery.surgery.submodule_surgery import splice_inside
@@ -74,8 +76,8 @@ def insert_grl(
         signed: Whether coefficients may be negative, now or later.
         clip: Clamp each entry of the gradient to [-clip, clip] first; see :func:`reverse_gradient`.
         normalize: Divide the gradient by its norm first; see :func:`reverse_gradient`.
-        example_inputs: Arguments of forward: a tensor, a tuple, or a dict by name. Only needed where a
-            predicate looks at shapes.
+        example_inputs: Arguments of forward: a tensor, a tuple, or a dict by name. Needed for a function of
+            a node that looks at shapes, and for an operation or edge in a forward that cannot be traced.
 
     Returns:
         A network with the original's state_dict keys that takes every call the original takes. It is a
@@ -134,28 +136,27 @@ def check_model(model: Any, verb: str) -> None:
     kind = type(model).__name__
     if kind in inner:
         raise SurgeryError(
-            f"this network is wrapped in {kind}, which would go on running the old graph: splice, then wrap",
+            f"this network is wrapped in {kind}, which would run the old network: cut first, then wrap",
             example=f"{verb}(model.{inner[kind]}, ...)",
         )
     if verb in _CUTS:
         _check_not_sharded(model, verb)
     if isinstance(model, torch.jit.ScriptModule):
         raise SurgeryError(f"{verb} cannot cut a scripted network: pass the nn.Module that it was made from")
-    compiled = [path or "the root" for path, m in model.named_modules() if m.__dict__.get(COMPILED)]
+    modules = modules_by_path(model)
+    compiled = [path or "the root" for path, module in modules.items() if module.__dict__.get(COMPILED)]
     if compiled and verb in _CUTS:
         raise SurgeryError(
-            f"part of this network is compiled in place, which would go on running the old graph: "
+            f"part of this network is compiled in place and would run the old code: "
             f"{', '.join(compiled[:3])}{' ...' if compiled[3:] else ''}; splice first, compile afterwards",
             example=f"m = {verb}(model, ...), with a model that is not compiled; then m.compile()",
         )
 
 
 def _check_not_sharded(model: nn.Module, verb: str) -> None:
-    # By name, since importing torch's distributed modules takes seconds.
-    for path, module in model.named_modules():
-        plain = (type(module).__mro__, map(type, module._parameters.values()))
-        kinds = {kind.__name__ for kind in itertools.chain(*plain)}
-        sharded = kinds & {"FSDPModule", "FullyShardedDataParallel", "DTensor"}
+    for path, module in modules_by_path(model).items():
+        kinds = {type(module), *map(type, module._parameters.values())}
+        sharded = set[str]().union(*map(_sharding_classes, kinds))
         if sharded:
             raise SurgeryError(
                 f"{repr(path) if path else 'this network'} is sharded ({min(sharded)}), and what gathers its "
@@ -163,6 +164,14 @@ def _check_not_sharded(model: nn.Module, verb: str) -> None:
                 example=f"m = {verb}(model, ...), with a model that is not sharded; then fully_shard(m)",
             )
 
+
+@functools.cache
+def _sharding_classes(kind: Any) -> frozenset[str]:
+    """Those of a class's bases that shard; by name, since importing them takes seconds."""
+    return _SHARDING.intersection(base.__name__ for base in kind.__mro__)
+
+
+_SHARDING = frozenset({"FSDPModule", "FullyShardedDataParallel", "DTensor"})
 
 _CUTS = frozenset({"insert_grl", "attach_domain_head", "adopt"})
 """The verbs that give a network another graph; the others only read it, or take something out."""
@@ -202,6 +211,7 @@ def splice(
     """
     if not cuts:
         return base
+    check_arguments(base, cuts, find_inputs)
     try:
         network: nn.Module = SplicedModule(base, apply_cuts(base, cuts), cuts, modules)
     except TracingError as error:

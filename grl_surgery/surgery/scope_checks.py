@@ -1,4 +1,4 @@
-"""Refuses cuts that a hook would miss: modules that nobody calls, ways past a hook, in-place writes."""
+"""Refuses cuts that a hook would miss: modules that are not called, paths around a hook, in-place writes."""
 
 from __future__ import annotations
 

@@ -7,12 +7,9 @@ import copy
 import functools
 import inspect
 import itertools
-import re
-import threading
 import weakref
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import FunctionType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,16 +17,27 @@ from torch import fx, nn
 from torch.fx.node import map_arg
 
 from grl_surgery.capture.capture import Flags, Trace
+from grl_surgery.capture.code_inspection import method_that_calls_itself
 from grl_surgery.capture.codegen import spell_keywords
 from grl_surgery.capture.traceable_copy import overrides_call
 from grl_surgery.errors import SurgeryError, TracingError
+from grl_surgery.isolation.module_tree import modules_by_path
 from grl_surgery.isolation.shared_copy import COMPILED, ORIGINAL, share_copy
 from grl_surgery.nn.reversal import GradientReversal
 from grl_surgery.points import Edge, escape, split_items
 from grl_surgery.surgery.call_hooks import remove_call_hooks
 from grl_surgery.surgery.head_outputs import heads_that_keep
 
-__all__ = ["Cut", "SplicedModule", "Surgery", "disassemble", "free_name", "refuse_as_graph", "surgery_of"]
+__all__ = [
+    "Cut",
+    "SplicedModule",
+    "Surgery",
+    "as_original",
+    "disassemble",
+    "free_name",
+    "refuse_as_graph",
+    "surgery_of",
+]
 
 
 @dataclass(frozen=True)
@@ -212,7 +220,7 @@ class SplicedModule(fx.GraphModule):
         return original
 
     def __getattr__(self, name: str) -> Any:
-        """Methods and attributes of the original's class; a method that would run the network is refused."""
+        """Methods and attributes of the original's class; what is called runs with what was spliced in."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -220,11 +228,12 @@ class SplicedModule(fx.GraphModule):
             if original is None or name.startswith("__") or name in _OF_THE_GRAPH:
                 raise
             found = inspect.getattr_static(type(original), name, _MISSING)
-            if found is _MISSING:
+            if found is _MISSING and type(original).__getattr__ is nn.Module.__getattr__:
                 raise
-        if isinstance(found, FunctionType):
-            return functools.partial(_run_without_modules, self, found)
-        return getattr(original, name)
+        value = getattr(original, name)
+        if isinstance(found, (staticmethod, classmethod, type)) or not _is_bound(value, original):
+            return value
+        return _method(self, name, value)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Keep the tensors of the original and of the result the same objects."""
@@ -239,17 +248,17 @@ class SplicedModule(fx.GraphModule):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The original's state, and that of the heads."""
-        with _as_original(self) as network:
+        with as_original(self) as network:
             return network.state_dict(*args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Take over what :meth:`state_dict` gave, of this network or of the original."""
-        with _as_original(self) as network:
+        with as_original(self) as network:
             return network.load_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Called where this network is a part of the one that is loaded."""
-        with _as_original(self) as network:
+        with as_original(self) as network:
             network._load_from_state_dict(*args, **kwargs)
 
     # -- graphs
@@ -375,7 +384,7 @@ def _children(network: SplicedModule) -> dict[str, nn.Module | None]:
 
 
 @contextlib.contextmanager
-def _as_original(network: SplicedModule) -> Iterator[nn.Module]:
+def as_original(network: SplicedModule) -> Iterator[nn.Module]:
     """The original with what was spliced in among its children; what it sets on itself is set here too."""
     original = network.grl_original
     if isinstance(original, torch.jit.ScriptModule):
@@ -385,33 +394,22 @@ def _as_original(network: SplicedModule) -> Iterator[nn.Module]:
     network.__dict__.update((key, original.__dict__[key]) for key in _plain_attributes(original))
 
 
-def _run_without_modules(network: SplicedModule, method: FunctionType, *args: Any, **kwargs: Any) -> Any:
-    """A method of the original's class, called on the original, whose parts and tensors are the same.
+def _is_bound(value: Any, original: nn.Module) -> bool:
+    """Whether a value is a function that gets the network: a method, a partial one, one with a memory."""
+    held = value.func if isinstance(value, functools.partial) else value
+    return getattr(held, "__self__", None) is original
 
-    What it sets is set on the spliced network too, and where it returns the original, this comes back.
 
-    Raises:
-        SurgeryError: It calls a module of the network, so that it would run past the graph.
-    """
-    thread = threading.get_ident()
+def _method(network: SplicedModule, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of the original's class that can be called on the graph."""
 
-    def refuse(module: nn.Module, *_: Any) -> None:
-        if threading.get_ident() == thread:
-            raise SurgeryError(
-                f"{method.__name__}() runs modules of {type(network).__name__}, past the graph that holds "
-                "the reversals",
-                example="m(x); or insert_grl before the part that it leaves out, and call that",
-            )
+    @functools.wraps(method)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        from grl_surgery.surgery.other_methods import call_method  # it makes networks with hooks
 
-    handles = [module.register_forward_pre_hook(refuse) for module in _children(network).values() if module]
-    try:
-        with _as_original(network) as original:
-            result = method(original, *args, **kwargs)
-        network.training = original.training
-        return network if result is original else result
-    finally:
-        for handle in handles:
-            handle.remove()
+        return call_method(network, name, args, kwargs)
+
+    return called
 
 
 def _flags(network: SplicedModule) -> Flags:
@@ -451,22 +449,27 @@ def refuse_as_graph(model: nn.Module) -> None:
 
     Raises:
         TracingError: A name is one that torch.fx or we need, or that code cannot spell; or the class
-            overrides ``__call__``.
+            overrides ``__call__``, or has a method that calls the network, as ``training_step`` does.
     """
     held = (_plain_attributes(model), model._parameters, model._buffers, model._modules)
     taken = [name for names in held for name in names if name in _TAKEN and not _is_meta(model, name)]
     if taken:
         reason = f"its attribute {taken[0]!r} would hide what a torch.fx.GraphModule has under that name"
-    elif odd := [path for path, _ in model.named_modules() if re.search(r'["\\\n]', path)]:
+    elif odd := [path for path in modules_by_path(model) if not _UNSPELLABLE.isdisjoint(path)]:
         reason = f"the name of its module {odd[0]!r} cannot stand in the code of one"
     elif overrides_call(model):
         reason = "its class overrides __call__, which a graph would lose"
+    elif caller := method_that_calls_itself(type(model)):
+        reason = f"its method {caller!r} calls the network, and would call it past the graph"
     else:
         return
     raise TracingError(
         f"a graph cannot take the place of {type(model).__name__}: {reason}",
         example="after='block', the path of a module in it: what lies inside needs no graph of the whole",
     )
+
+
+_UNSPELLABLE = frozenset('"\\\n')
 
 
 def _is_meta(model: nn.Module, name: str) -> bool:

@@ -17,7 +17,8 @@ from grl_surgery.capture.capture import module_paths
 from grl_surgery.capture.observed_calls import observe
 from grl_surgery.capture.python_state import preserve_python_state
 from grl_surgery.capture.traceable_copy import has_forward
-from grl_surgery.errors import PointNotFoundError, ShapeError, SurgeryError, TracingError
+from grl_surgery.errors import ShapeError, SurgeryError, TracingError
+from grl_surgery.isolation.pytrees import tensors_in
 from grl_surgery.isolation.rng_state import preserve_rng_state
 from grl_surgery.isolation.shared_copy import find_external_reference, replace_submodule
 from grl_surgery.isolation.tensor_copy import with_tensors
@@ -49,7 +50,7 @@ from grl_surgery.surgery.spliced_module import (
     free_name,
 )
 
-__all__ = ["shapes_by_running", "splice_inside"]
+__all__ = ["is_at_call", "shapes_by_running", "splice_inside"]
 
 Shape = tuple[int, ...]
 
@@ -88,14 +89,17 @@ def splice_inside(
     at_calls: list[Cut] = []
     hosts: dict[str, list[Cut]] = {}
     for cut in rest:
-        if cut.operations or _is_at_call(base, cut, paths):
+        if cut.operations or is_at_call(base, cut, paths):
             check_points(base, cut, paths, failure)
             at_calls.append(cut)
             continue
         try:
             check_points(base, cut, paths, failure)
-            hosts.setdefault(_host(base, cut, paths, failure), []).append(cut)
-        except (TracingError, PointNotFoundError) as error:
+            host = _host(base, cut, paths, failure)
+            if not _computes_the_same(base, host, cut, modules, find_inputs):
+                raise TracingError(f"a graph of {host!r} takes other branches than its forward")
+            hosts.setdefault(host, []).append(cut)
+        except SurgeryError as error:  # no such graph, or other names in it
             found = _at_operations(base, cut, find_inputs, error)
             cuts[cuts.index(cut)] = found
             at_calls.append(found)
@@ -132,6 +136,42 @@ def _can_be_cut(base: nn.Module, cuts: Sequence[Cut]) -> bool:
     return True
 
 
+def _computes_the_same(
+    base: nn.Module, path: str, cut: Cut, modules: Mapping[str, nn.Module], find_inputs: Callable[[], Any]
+) -> bool:
+    """Whether a graph of one module with this cut does what its forward does, where inputs can tell.
+
+    A trace cannot see that an item of what another module returns is None, and takes the wrong branch.
+    """
+    inputs = find_inputs()
+    if inputs is None:
+        return True
+    twin = with_tensors(base, copied=clone_all).eval()
+    calls: list[tuple[Any, Any, Any]] = []
+    twin.get_submodule(path).register_forward_hook(
+        lambda _, args, kwargs, output: calls.append((args, kwargs, output)), with_kwargs=True
+    )
+    args, kwargs = as_arguments(inputs)
+    with torch.no_grad(), preserve_rng_state(), preserve_python_state(dict(twin.named_modules())):
+        try:
+            twin(*args, **kwargs)
+        except Exception:  # on these inputs it does not run at all, which is not for surgery to judge
+            return True
+        graph = _spliced(twin, path, [cut], modules)
+        for args, kwargs, output in calls[:1]:
+            try:
+                again = tensors_in(graph(*args, **kwargs))
+            except Exception:
+                return False
+            wanted = tensors_in(output)
+            if [value.shape for value in again] != [value.shape for value in wanted]:
+                return False
+            have_values = [pair for pair in zip(again, wanted, strict=True) if not pair[1].is_meta]
+            if not all(torch.allclose(*pair, equal_nan=True) for pair in have_values):
+                return False
+    return True
+
+
 # ----------------------------------------------------------------------------- at calls and at operations
 
 
@@ -165,7 +205,7 @@ def _at_operations(base: nn.Module, cut: Cut, find_inputs: Callable[[], Any], fa
     return replace(cut, operations=tuple(found))
 
 
-def _is_at_call(base: nn.Module, cut: Cut, paths: Mapping[str, str]) -> bool:
+def is_at_call(base: nn.Module, cut: Cut, paths: Mapping[str, str]) -> bool:
     """Whether a hook at the call of a module can make the cut."""
     if cut.kind in ("instead", "probe"):
         return False
@@ -237,7 +277,7 @@ def _host(base: nn.Module, cut: Cut, paths: Mapping[str, str], failure: TracingE
         choices=[escape(path) for path in ends[:3]],
         example=f"after={escape(ends[0])!r}, what leaves the module around it"
         if ends
-        else "after='block', the path of a module: what leaves a module needs no trace",
+        else "after='block', the path of a module: a cut at the output of a module needs no trace",
     ) from reason
 
 

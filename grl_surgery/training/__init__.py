@@ -1,1 +1,1 @@
-"""What a training loop needs: losses, schedules of the coefficient, metrics."""
+"""Losses, schedules of the coefficient, and metrics for a training loop."""

@@ -324,7 +324,7 @@ def _membership(labels: Tensor, num_domains: int) -> Tensor:
 def entropy_weights(class_logits: Tensor, domains: Tensor | None = None) -> Tensor:
     """Weights of CDAN+E: 1 + exp(-H), H the entropy of the predicted classes, with mean 1 in each domain.
 
-    Samples that the network is sure of count up to twice as much as those it is not (Long et al.,
+    Samples with a confident prediction count up to twice as much as others (Long et al.,
     "Conditional Adversarial Domain Adaptation", NeurIPS 2018, entropy conditioning). As in the authors' code
     they are normalised in each domain on its own; without ``domains`` it is over the whole batch, as in
     the Transfer-Learning-Library. Two differences: the entropy is computed from the logits without an epsilon

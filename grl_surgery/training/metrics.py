@@ -108,11 +108,10 @@ class _Window:
 class AdversarialMetrics:
     """Watches one domain head and says whether the features are confused or the head is dead.
 
-    Both look the same from the loss: ln K. They differ in the gradients, and in whether the head was ever
-    better than chance. The gradient at the splice point is seen through a hook on the head's reversal, which
-    leaves the training as it is and is gone after ``close()`` or the end of a ``with`` block. Each process of
-    a distributed run sees its own samples; with a gradient scaler, gradients are as scaled as they are at the
-    time.
+    Both have the same loss, ln K. They differ in the gradients, and in whether the head was ever better than
+    chance. A hook on the head's reversal reads the gradient there. It does not change the training, and
+    ``close()`` or the end of a ``with`` block removes it. Each process of a distributed run sees its own
+    samples. With a gradient scaler, the gradients are those after scaling.
 
     Example:
         >>> from grl_surgery import DomainClassifier, DomainHead

@@ -21,11 +21,11 @@ __all__ = ["dann_lr", "param_groups"]
 def param_groups(
     model: nn.Module, lr: float | Tensor, new_multiplier: float = 10.0, *, new: str | Sequence[str] = ()
 ) -> list[dict[str, Any]]:
-    """Parameter groups for an optimizer: the pretrained backbone, and new layers that learn faster.
+    """Return parameter groups for an optimizer: the pretrained backbone, and new layers with a higher rate.
 
-    New are the domain heads, and the layers named in ``new``. Frozen parameters are left out, each other
-    parameter is in exactly one group; one that a head shares with the backbone is the backbone's, unless it
-    is named. A group that would be empty is left out.
+    New layers are the domain heads and the layers named in ``new``. Frozen parameters are left out. Each
+    other parameter is in exactly one group. One that a head shares with the backbone belongs to the backbone,
+    unless ``new`` names it. Empty groups are left out.
 
     Example:
         >>> import torch

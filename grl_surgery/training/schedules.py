@@ -1,4 +1,4 @@
-"""Training progress to coefficient: pure schedules, and the object that applies one to a network.
+"""Schedules of the coefficient: functions of the training progress, and the object that applies one.
 
 A schedule is a function of the progress p in [0, 1], or of the domain loss. Nothing here steps by itself: not
 in a forward, not in eval, not behind a hook. The coefficient changes where the training loop calls ``step()``
@@ -73,7 +73,7 @@ def check_schedule(schedule: object) -> None:
     if any(schedule is factory for factory in (constant, linear, dann, warm_start, delayed, dual_ascent)):
         name = _type_name(schedule).rpartition(".")[2]
         raise SurgeryError(
-            f"{name} makes schedules and is none itself: call it",
+            f"{name} makes a schedule and is not one itself: call it",
             example={"constant": "constant(0.3)", "dual_ascent": "dual_ascent(0.69)"}.get(
                 name, "dann(hi=0.3)"
             ),
@@ -543,7 +543,7 @@ class CoefficientScheduler:
     def _check_loss(self, loss: float | Tensor | None) -> None:
         if isinstance(self.schedule, _DualAscent) == (loss is not None):
             return
-        verb = "follows" if loss is None else "does not read"
+        verb = "needs" if loss is None else "does not read"
         raise SurgeryError(
             f"{_type_name(self.schedule)} {verb} the domain loss",
             example="scheduler.step()"

@@ -1,4 +1,4 @@
-"""Train mode without the statistics of batch norms: in a batch of two domains they are of neither."""
+"""Train mode with frozen batch norms: statistics over a batch of two domains fit neither domain."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ __all__ = ["batch_norm_frozen", "set_train_mode"]
 def set_train_mode(model: nn.Module, *, freeze_batch_norm: bool = False) -> None:
     """Put a network into train mode, but for its batch norms (not its heads') if ``freeze_batch_norm``.
 
-    In a batch of two domains the statistics of a batch norm are of neither. Frozen ones use those that the
-    network was pretrained with. A later ``model.train()`` puts them back into train mode;
-    :func:`batch_norm_frozen` holds against that.
+    In a batch of two domains, the statistics of a batch norm fit neither domain. A frozen batch norm uses the
+    statistics that the network was pretrained with. A later ``model.train()`` unfreezes it; use
+    :func:`batch_norm_frozen` to prevent that.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))

@@ -28,7 +28,15 @@ OutputSnapshot = dict[str, Any]
 
 def snapshot(value: Any) -> OutputSnapshot:
     """A nested value taken apart: its tensors are copies without a graph, and nothing else is kept alive."""
-    return {at: _form(part) for at, part in parts_of(value)}
+    found: OutputSnapshot = {}
+    for at, part in parts_of(value):
+        if isinstance(part, torch.Tensor) and part.is_nested:
+            rows = part.detach().unbind()
+            found[at] = Container(type(part), list(range(len(rows))))
+            found.update((f"{at}[{place}]", row.clone()) for place, row in enumerate(rows))
+        else:
+            found[at] = _form(part)
+    return found
 
 
 def _form(part: Any) -> Any:

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from grl_surgery.autograd_graph import nodes_below
 from grl_surgery.capture.python_state import preserve_python_state
 from grl_surgery.isolation.float64 import WIDE, Wider, all_in_double, widened
-from grl_surgery.isolation.pytrees import tensors_in
+from grl_surgery.isolation.pytrees import dense, tensors_in
 from grl_surgery.isolation.rng_state import preserve_rng_state, seed_everything
 from grl_surgery.isolation.shared_copy import COMPILED
 from grl_surgery.isolation.tensor_copy import (
@@ -101,27 +101,33 @@ def left_as_it_was(network: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def repeatable() -> Iterator[None]:
     """Grad mode on and deterministic algorithms; settings and generators are put back afterwards."""
+    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = list(range(torch.cuda.device_count())) if started else []
+    with (
+        preserve_rng_state(),  # of the threads, one at a time: what is read below is nobody else's
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.random.fork_rng(devices),
+        warnings.catch_warnings(),
+        _deterministic_algorithms(),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _deterministic_algorithms() -> Iterator[None]:
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     memory: Any = torch.utils.deterministic
     fill = memory.fill_uninitialized_memory
-    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    devices = list(range(torch.cuda.device_count())) if started else []
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        preserve_rng_state(),
-        torch.random.fork_rng(devices),
-        warnings.catch_warnings(),
-    ):
-        warnings.filterwarnings("ignore", message=".*deterministic")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        memory.fill_uninitialized_memory = False
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
-            memory.fill_uninitialized_memory = fill
+    warnings.filterwarnings("ignore", message=".*deterministic")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    memory.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        memory.fill_uninitialized_memory = fill
 
 
 # --------------------------------------------------------------------------------------------- runs
@@ -340,7 +346,7 @@ def _signs_of_leaves(
 def objective(outputs: Sequence[torch.Tensor], seed: int) -> torch.Tensor | None:
     """A scalar that depends on every output in a direction of its own."""
     terms = []
-    for place, output in enumerate(outputs):
+    for place, output in enumerate(map(dense, outputs)):
         if output.requires_grad:
             generator = torch.Generator().manual_seed(seed + place)
             weight = torch.randn(output.shape, generator=generator).to(output.device, output.dtype)
@@ -462,11 +468,11 @@ class GradientRecorder:
         own: list[GradientPair] = []
 
         def enter(gradients: Sequence[torch.Tensor | None]) -> None:
-            own.append(GradientPair(gradients[0]))
+            own.append(GradientPair(None if gradients[0] is None else dense(gradients[0])))
             self.passages.append(own[-1])
 
         def leave(gradients: Sequence[torch.Tensor | None], _: Any) -> None:
-            own[-1].left = gradients[0]
+            own[-1].left = None if gradients[0] is None else dense(gradients[0])
 
         first.register_prehook(enter)
         last.register_hook(leave)
@@ -479,7 +485,9 @@ def watching(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, GradientReco
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> None:
-            if output.grad_fn is not None:
+            if output.is_nested and output.layout is torch.strided:  # row by row, each with a node of its own
+                watches[name].transformed.extend(tuple(row.shape) for row in output.unbind())
+            elif output.grad_fn is not None:
                 x = next(iter((*args, *kwargs.values())))
                 watches[name].over(output.grad_fn, _last_node(x, output.grad_fn))
             elif _are_functorch_transforms_active():

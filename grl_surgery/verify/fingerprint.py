@@ -1,4 +1,4 @@
-"""What the bits of a gradient are, in a few numbers, so that the gradient itself need not be kept."""
+"""Fingerprints of gradients: 64 bits in place of the gradient, to compare it without keeping it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which parameters stand for all where a proof of every one would take too long."""
+"""Chooses the parameters of a sample, for a proof of a network that is too large to prove whole."""
 
 from __future__ import annotations
 

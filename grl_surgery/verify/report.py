@@ -45,7 +45,7 @@ class ParameterFlip:
         name: As in ``named_parameters()``.
         shape: Of the parameter.
         predicted: What the graph says: flipped, unchanged, mixed, unreached; or unknown, where the parameter
-            lies outside the graph and only the oracle speaks.
+            lies outside the graph; then it is compared with the oracle only.
         measured: What autograd did. ``no signal``: the gradient is zero with and without the reversal, which
             proves nothing. ``wrong``: neither the prediction nor the oracle.
         ok: Whether the two agree.
@@ -103,10 +103,10 @@ class FlipReport:
         reversals: Every reversal.
         forward_identical: Whether each output equals the reference's, bit for bit.
         mode: ``train``, ``eval`` or ``mixed``, as the network was verified.
-        problems: Whatever makes it fail that belongs to no single parameter or reversal.
+        problems: Failures of the network as a whole, not of one parameter or reversal.
         network: Class of the network.
         difference: Where the forward differs, and how, in words; empty if it is identical.
-        notes: What to know beside the verdict: that it is a sample, or the precision it was measured in.
+        notes: Remarks: that the proof is of a sample, or the precision in which it was measured.
         draw: Makes the graph that :meth:`to_html` shows; it keeps the network alive, and is not stored.
     """
 
@@ -134,7 +134,7 @@ class FlipReport:
 
     @property
     def failures(self) -> list[str]:
-        """Everything that does not hold, one sentence each."""
+        """All failures, one sentence for each."""
         return [
             *self.complaints,
             *(f"reversal {row.name} ({row.where}): {row.note}" for row in self.reversals if not row.ok),
@@ -143,7 +143,7 @@ class FlipReport:
 
     @property
     def complaints(self) -> list[str]:
-        """What does not hold of the network as a whole, one sentence each."""
+        """The failures of the network as a whole, one sentence for each."""
         where = f": {self.difference}" if self.difference else ""
         differs = [] if self.forward_identical else [f"the forward differs from the reference{where}"]
         return [*self.problems, *differs]
@@ -174,7 +174,7 @@ class FlipReport:
         return "; ".join([*told, *(note.partition(":")[0] for note in self.notes)])
 
     def raise_if_failed(self) -> FlipReport:
-        """Return the report if it is good.
+        """Return the report if everything is proved.
 
         Raises:
             FlipError: Naming what did not flip as it should.
@@ -214,7 +214,7 @@ class FlipReport:
         return {**self.__dict__, "draw": None}  # the network is not stored along with its report
 
     def notable(self, most: int = 12) -> list[ParameterFlip]:
-        """The parameters worth looking at: what is wrong, then mixed, then without signal."""
+        """Return the parameters to look at first: wrong, then mixed, then without signal."""
         return self._worth_looking_at()[:most]
 
     def _worth_looking_at(self) -> list[ParameterFlip]:

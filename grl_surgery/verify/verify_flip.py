@@ -1,20 +1,21 @@
-"""Proof that exactly the right gradients flip: what the graph predicts against what autograd measures."""
+"""Proves that exactly the right gradients flip: compares the prediction with what autograd computes."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_map
 
 from grl_surgery.errors import FlipError, SurgeryError
-from grl_surgery.isolation.float64 import SINGLE
+from grl_surgery.isolation.float64 import SINGLE, widened
 from grl_surgery.isolation.shared_copy import share_copy
-from grl_surgery.isolation.tensor_copy import is_scripted
+from grl_surgery.isolation.tensor_copy import is_scripted, tensors_held, with_tensors
 from grl_surgery.loading.inputs import example_inputs as known_inputs
 from grl_surgery.nn.adopted_reversal import AdoptedReversal
 from grl_surgery.nn.reversal import GradientReversal
@@ -29,6 +30,7 @@ from grl_surgery.verify.experiment import (
     Values,
     Wanted,
     coefficients,
+    left_as_it_was,
     private_copy,
     repeatable,
     watching,
@@ -72,15 +74,15 @@ def verify_flip(
 ) -> FlipReport:
     """Prove that the spliced gradients, and no others, are reversed.
 
-    Coefficients are set to 1 on a copy, where nothing is clipped or normalised: then a reversed gradient is
-    the exact negative of the original and every other one is exactly the original, so bits can be compared
-    and no tolerance is needed. What a reversal clips and normalises is proved at the reversal. One that is
-    negative, infinite or nan, or that ``reversal_disabled`` has put aside, stays as it is, and fails. A
-    parameter that starts at zero gets values on that copy, so that no gradient is zero for that reason alone.
+    On a copy, all coefficients are set to 1, and nothing is clipped or normalised. A reversed gradient must
+    then be exactly the negative of the original, and every other gradient exactly the original. So bits are
+    compared, without a tolerance. Clipping and normalising are proved at the reversal itself. A coefficient
+    that is negative, infinite, nan, or disabled by ``reversal_disabled`` fails. A parameter of zeros gets
+    other values on the copy, because zeros could make a gradient zero.
 
-    With domain heads, each objective is proved on its own: the output gives every parameter its original
-    gradient, and each head's logits give what is upstream the exact negative of what the same head would
-    give without its reversal, and the head itself its own gradient unflipped.
+    With domain heads, each loss is proved by itself. The loss of the output must give every parameter its
+    original gradient. The loss of a head must give upstream parameters exactly the negative of what the
+    same head would give without its reversal, and the head its own gradient unchanged.
 
     Example:
         >>> from grl_surgery import insert_grl
@@ -120,12 +122,13 @@ def verify_flip(
     inputs = known_inputs(plain) if example_inputs is None else example_inputs
     if inputs is None:
         raise SurgeryError(
-            f"nothing says what inputs {type(plain).__name__} takes",
+            f"it is not known what inputs {type(plain).__name__} takes",
             example="verify_flip(m, reference=model, example_inputs=(torch.randn(2, 3, 224, 224),))",
         )
     if mode not in ("train", "eval", None):
         raise SurgeryError(
-            f"mode={mode!r} is none of 'train', 'eval' and None for the flags as they are",
+            f"mode={mode!r} is not known; None keeps the network's own flags",
+            choices=("train", "eval"),
             example="mode='eval'",
         )
     seed = check_count("seed", seed, least=0, example="seed=0")
@@ -136,11 +139,45 @@ def verify_flip(
     with repeatable():
         settings = (model, plain, inputs, mode, seed, budget, progress)
         report = _Verification(*settings).report()
+        if not report.forward_identical and any(map(_keeps_results, (model, plain))):
+            # One of the two may have kept from an earlier call what its own train() and eval() forget.
+            with left_as_it_was(model), left_as_it_was(plain):
+                fresh = _Verification(*settings, forgets=True).report()
+            report = fresh if fresh.ok else report
         if all(row.note != _NO_GRADIENT for row in report.reversals):
             return report
         # The values that zeros got may have switched an activation off that is on in the network itself.
         own = _Verification(*settings, fills_zeros=False).report()
         return own if own.ok else report
+
+
+def _hooked_back(model: nn.Module, flipped: Collection[str]) -> Iterator[str]:
+    """Say which parameters with a reversed gradient have a hook that reverses it back.
+
+    The runs use tensors of their own, without hooks. Hooks that run after a gradient has been stored are
+    not looked at: an optimizer may step there.
+    """
+    from grl_surgery.doctor.identity_probes import ratio
+
+    for name, parameter in model.named_parameters():
+        hooks = list((parameter._backward_hooks or {}).values()) if name in flipped else []
+        if not hooks:
+            continue
+        generator = torch.Generator().manual_seed(0)
+        probe = torch.randn(parameter.shape, generator=generator).to(parameter.device, parameter.dtype)
+        try:
+            result = probe.clone()
+            for hook in hooks:
+                changed = hook(result)
+                result = result if changed is None else changed
+            factor = ratio(probe, result)
+        except Exception:  # of the user's hook: a backward pass of the network says so
+            continue
+        if isinstance(factor, float) and factor < 0:
+            yield (
+                f"a hook on {name!r} multiplies its gradient by {factor:g}: it is reversed back; "
+                "take one of the two out"
+            )
 
 
 Progress = Callable[[str, int, int], None]
@@ -155,11 +192,18 @@ def _flags(model: nn.Module, mode: str | None) -> dict[str, bool]:
     return {path: module.training for path, module in tree.named_modules()}
 
 
-def _moded(network: nn.Module, flags: Mapping[str, bool]) -> nn.Module:
-    """A tree of its own with these mode flags, to be run on copies."""
+def _keeps_results(network: nn.Module) -> bool:
+    """Whether a network holds what autograd has computed in a forward: a cache, a map of attention."""
+    return any(tensor.grad_fn is not None for tensor in tensors_held(network))
+
+
+def _moded(network: nn.Module, flags: Mapping[str, bool], *, forgets: bool = False) -> nn.Module:
+    """A tree of its own with these mode flags, to be run on copies; one that forgets is set to both modes."""
     if any(map(is_scripted, network.modules())):
         return private_copy(network, flags)  # scripted modules cannot be shared
     tree = share_copy(network)
+    if forgets:
+        tree.train().eval()
     for path, module in tree.named_modules():
         module.training = flags.get(path, module.training)
     return tree
@@ -216,7 +260,9 @@ class _Verification:
         budget: int | None = None,
         progress: Progress | None = None,
         fills_zeros: bool = True,
+        forgets: bool = False,
     ) -> None:
+        self.forgets = forgets
         self.model, self.plain, self.mode, self.progress = model, plain, mode, progress
         self.heads = head_names(model)
         self.objectives = ("output", *self.heads)
@@ -236,7 +282,7 @@ class _Verification:
                 f"{len(trained) - len(sample)} were not looked at, and are open"
             )
         self.runs = 0
-        self.spliced = _moded(model, flags)
+        self.spliced = _moded(model, flags, forgets=forgets)
         for name, layer in reversals(model).items():  # a copy of one that is disabled would not be
             self.spliced.get_submodule(name)._buffers["coeff"] = layer.coeff
             if isinstance(
@@ -258,12 +304,16 @@ class _Verification:
     @functools.cached_property
     def oracle(self) -> nn.Module:
         """The reference with tensor hooks where the recipe says reversal."""
-        return _moded(with_reversals(self.model, self.plain, HookReversal), self.right_flags)
+        return _moded(
+            with_reversals(self.model, self.plain, HookReversal), self.right_flags, forgets=self.forgets
+        )
 
     @functools.cached_property
     def bare(self) -> nn.Module:
         """The reference with heads that have no reversal."""
-        return _moded(with_reversals(self.model, self.plain, NoReversal), self.right_flags)
+        return _moded(
+            with_reversals(self.model, self.plain, NoReversal), self.right_flags, forgets=self.forgets
+        )
 
     @functools.cached_property
     def predicted(self) -> dict[str, dict[str, Factors | None]]:
@@ -317,7 +367,7 @@ class _Verification:
     @functools.cached_property
     def reference(self) -> nn.Module:
         """The reference without reversals of its own."""
-        return _moded(without_adopted(self.model, self.plain), self.right_flags)
+        return _moded(without_adopted(self.model, self.plain), self.right_flags, forgets=self.forgets)
 
     @functools.cached_property
     def expected(self) -> Run:
@@ -396,6 +446,7 @@ class _Verification:
                 *_problems(layers, reached, rows),
                 *_differences(self.model, self.plain),
                 *self._cancelled(all(row.ok for row in rows) and all(row.ok for row in passed)),
+                *_hooked_back(self.model, {row.name for row in rows if row.measured == "flipped"}),
                 *mixed_rows(self.spliced, self.experiment, self.heads),
             ),
             type(self.plain).__name__,
@@ -420,7 +471,10 @@ class _Verification:
         own = any(name not in spliced for name in reversals(self.model)) or any(
             _is_users(module) for head in self.heads for module in self.model.get_submodule(head).modules()
         )
-        given = self.model, self.experiment.inputs, _TRAINING[self.mode], self.experiment.seed
+        model, inputs = self.model, self.experiment.inputs
+        if self.experiment.wider is not None:
+            model, inputs = with_tensors(model, copied=self._wide), tree_map(self._wide, inputs)
+        given = model, inputs, _TRAINING[self.mode], self.experiment.seed
         said = False
         if spliced and (own or self.actual.functions):
             from grl_surgery.doctor.foreign_reversals import cancelling
@@ -439,12 +493,18 @@ class _Verification:
 
             yield from reversed_back(*given, self.heads)
 
+    def _wide(self, value: Any) -> Any:
+        """A tensor in the dtype in which the proof measures."""
+        if not isinstance(value, torch.Tensor):
+            return value
+        return widened(value.detach(), self.experiment.wider or {}).requires_grad_(value.requires_grad)
+
     def _difference(self) -> str:
         """What the forward does that the reference's does not, in words; empty if nothing."""
         found = difference(self.expected.output, self.actual.output) or next(self._left_otherwise(), "")
         if found or not self._remembers():
             return found
-        plain = _moded(self.plain, self.right_flags)
+        plain = _moded(self.plain, self.right_flags, forgets=self.forgets)
         found = difference(self.experiment.second(plain), self.experiment.second(self.spliced, self.heads))
         return found and f"in a second call, {found}"
 
@@ -588,11 +648,14 @@ _LIBRARIES = ("torch", "torchvision", "timm", "transformers", "grl_surgery")
 
 
 def _is_users(module: nn.Module) -> bool:
-    """Whether a forward may hold code of the user's."""
+    """Whether a forward may hold code of the user's, or hooks run around it."""
     kind = type(module)
+    if any(getattr(module, hooks, None) for hooks in _HOOKS):
+        return True
     return isinstance(module, torch.fx.GraphModule) or kind.__module__.partition(".")[0] not in _LIBRARIES
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _NO_GRADIENT = "no gradient reaches it"
 _NOTHING_PROVED = "no parameter upstream of a reversal receives a gradient, so nothing is proved"
 

@@ -1,4 +1,4 @@
-"""Where boxes stand and lines run: rows from top to bottom in the order in which values flow.
+"""Places boxes and lines: rows from top to bottom in the order in which values flow.
 
 The steps of Sugiyama, Tagawa and Toda (1981): each box goes into the first row below everything that it
 uses; the order in a row follows the neighbours' average place; then boxes move towards their neighbours as

@@ -1,4 +1,4 @@
-"""The exported program in ai-edge-model-explorer, with what a proof says of each operation laid over it."""
+"""Shows the exported program in ai-edge-model-explorer, with the result of the proof for each operation."""
 
 from __future__ import annotations
 

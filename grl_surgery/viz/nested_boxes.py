@@ -1,4 +1,4 @@
-"""Nests a graph into its blocks: what each block shows of its inside, and which values flow between."""
+"""Nests a graph into blocks, and finds the values that flow between them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A graph as SVG, with nothing but text: boxes in rows, blocks as frames around what they consist of."""
+"""A graph as SVG: boxes in rows, and blocks as frames around their parts."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """One network of the ecosystem, tried in a process of its own, as a row whatever happens.
 
 python -m grl_surgery.zoo.ecosystem transformers/BertModel     # one network, printed
+python -m grl_surgery.zoo.ecosystem --build-only monai diffusers     # each network of two libraries runs once
 """
 
 from __future__ import annotations
@@ -19,16 +20,20 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import metadata
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 import torch
 
 from grl_surgery.errors import SurgeryError, one_line
 from grl_surgery.loading.libraries import LIBRARIES
 from grl_surgery.zoo.ledger import replace_text
+
+if TYPE_CHECKING:
+    from grl_surgery.loading.model_zoo import LoadedModel
 
 __all__ = [
     "NetworkRow",
@@ -43,6 +48,8 @@ __all__ = [
 ]
 
 
+LARGEST = 40_000_000
+"""Parameters of the largest network that is tried: copies and gradients take a few GiB."""
 WALL = 10
 """How much longer than its processor time a trial may take by the clock, on a machine that others use."""
 
@@ -114,12 +121,13 @@ def code_state() -> str:
     return digest.hexdigest()[:10]
 
 
-def try_network(source: str, seconds: float = 120.0) -> NetworkRow:
+def try_network(source: str, seconds: float = 120.0, build_only: bool = False) -> NetworkRow:
     """Build one network and try everything, in a fork: what it does to its library ends with it.
 
     Args:
         source: As ``load_model`` takes it.
         seconds: Of processor time, after which it is ended; in any case after ten times as many by the clock.
+        build_only: Build it and run it once in each mode; nothing is cut.
     """
     _import_library(source)
     reader, writer = os.pipe()
@@ -129,7 +137,7 @@ def try_network(source: str, seconds: float = 120.0) -> NetworkRow:
         with contextlib.suppress(BaseException):
             resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1, int(seconds) + 1))
             signal.alarm(int(WALL * seconds) + 1)
-            row = _row(source)
+            row = _row_whatever_happens(source, build_only)
             with os.fdopen(writer, "w") as file:
                 file.write(json.dumps({key: value for key, value in asdict(row).items() if key != "date"}))
         os._exit(0)
@@ -183,21 +191,33 @@ _NEEDED = (
 )
 
 
+def _row_whatever_happens(source: str, build_only: bool) -> NetworkRow:
+    start = time.process_time()
+    try:
+        return _built_row(source) if build_only else _row(source)
+    except BaseException as error:  # a library may end the process as well
+        return no_row(source, one_line(error), time.process_time() - start)
+
+
+def _built_row(source: str) -> NetworkRow:
+    """A network that was built and has run in both modes, as every network does whose inputs are found."""
+    start = time.process_time()
+    with _undisturbed():
+        loaded = _loaded(source, start)
+    if isinstance(loaded, NetworkRow):
+        return loaded
+    return replace(_row_of(source, loaded), seconds=round(time.process_time() - start, 2))
+
+
 def _row(source: str) -> NetworkRow:
-    from grl_surgery.loading.model_zoo import load_model
     from grl_surgery.zoo.trials import try_everything
 
     start = time.process_time()
-    library = source.partition("/")[0]
-    row = NetworkRow(source, library, False, versions=_versions(library))
     with _undisturbed():
-        try:
-            loaded = load_model(source)
-            if loaded.example_inputs is None:
-                return no_row(source, "no inputs that were tried run", time.process_time() - start)
-        except Exception as error:
-            return no_row(source, one_line(error), time.process_time() - start)
-        count = sum(p.numel() for p in loaded.module.parameters())
+        loaded = _loaded(source, start)
+        if isinstance(loaded, NetworkRow):
+            return loaded
+        row = _row_of(source, loaded)  # before the trials: they may change it
         try:
             trials = try_everything(loaded.module, loaded.example_inputs)
         except MemoryError:
@@ -205,23 +225,38 @@ def _row(source: str) -> NetworkRow:
         except Exception as error:
             reason = f"the hooks of the oracle do not run on it: {one_line(error)}"
             return no_row(source, reason, time.process_time() - start)
-    splice = round(median(trials.splice_ms), 1) if trials.splice_ms else 0.0
-    taken = round(time.process_time() - start, 2)
-    return NetworkRow(
-        source,
-        library,
-        True,
-        "",
-        trials.scope,
-        trials.places,
-        trials.outcomes,
-        trials.notes,
-        count,
-        splice,
-        taken,
-        row.versions,
-        code_state(),
+    return replace(
+        row,
+        scope=trials.scope,
+        places=trials.places,
+        outcomes=trials.outcomes,
+        notes=trials.notes,
+        splice_ms=round(median(trials.splice_ms), 1) if trials.splice_ms else 0.0,
+        seconds=round(time.process_time() - start, 2),
     )
+
+
+def _loaded(source: str, start: float) -> LoadedModel | NetworkRow:
+    """The network with its inputs, or the row that says why there is none."""
+    from grl_surgery.loading.model_zoo import load_model
+
+    try:
+        loaded = load_model(source)
+    except Exception as error:
+        return no_row(source, one_line(error), time.process_time() - start)
+    if loaded.example_inputs is None:
+        return no_row(source, "no inputs that were tried run", time.process_time() - start)
+    count = sum(p.numel() for p in loaded.module.parameters())
+    if count > LARGEST:
+        reason = f"it has {count:,} parameters, more than the {LARGEST:,} up to which a network is tried"
+        return no_row(source, reason, time.process_time() - start)
+    return loaded
+
+
+def _row_of(source: str, loaded: LoadedModel) -> NetworkRow:
+    library = source.partition("/")[0]
+    count = sum(p.numel() for p in loaded.module.parameters())
+    return NetworkRow(source, library, True, parameters=count, versions=_versions(library), code=code_state())
 
 
 def _versions(library: str) -> str:
@@ -287,12 +322,25 @@ def line_of(row: NetworkRow) -> str:
 
 
 def _main(names: list[str]) -> None:
-    for name in names:
-        row = try_network(name)
+    build_only = "--build-only" in names
+    counts: Counter[tuple[str, bool]] = Counter()
+    for name in (each for given in names if given != "--build-only" for each in _networks(given)):
+        row = try_network(name, build_only=build_only)
+        counts[row.library, row.built] += 1
         print(name, result_of(row), row.reason, row.scope, f"{row.seconds} s, {row.splice_ms} ms", row.notes)
         for role, text in row.outcomes.items():
             print(f"    {role:24} {row.places.get(role, '')} | {text}")
-        print("   ", dict(Counter(text.partition(":")[0] for text in row.outcomes.values())))
+        if row.outcomes:
+            print("   ", dict(Counter(text.partition(":")[0] for text in row.outcomes.values())))
+    for library in dict.fromkeys(library for library, _ in counts):
+        print(f"{library}: {counts[library, True]} built, {counts[library, False]} not built")
+
+
+def _networks(given: str) -> list[str]:
+    """A network by its own name, or those of a library by the name of that."""
+    from grl_surgery.zoo.sources import networks_of
+
+    return networks_of(given) if given in LIBRARIES else [given]
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def declared_inputs(model: nn.Module) -> tuple[Any, ...]:
     _make_light(model)
     inputs = example_inputs(model)
     if not isinstance(inputs, tuple):
-        raise SurgeryError(f"nothing says what inputs {type(model).__name__} takes")
+        raise SurgeryError(f"it is not known what inputs {type(model).__name__} takes")
     return inputs
 
 

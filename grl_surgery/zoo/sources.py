@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from grl_surgery.loading.libraries import LIBRARIES
 from grl_surgery.loading.model_zoo import available
+from grl_surgery.loading.transformers_models import class_names
 
 __all__ = ["REGISTRIES", "networks_of"]
 
@@ -66,7 +67,7 @@ _WITH_ARGUMENTS = {
         "Emformer?input_dim=40&num_heads=4&ffn_dim=64&num_layers=3&segment_length=4",
         "ConvTasNet?num_sources=2&enc_num_feats=32&msk_num_feats=16&msk_num_hidden_feats=32&msk_num_layers=3&msk_num_stacks=2",
         "DeepSpeech?n_feature=40&n_hidden=32&n_class=10",
-        "HDemucs?sources=['a','b']&channels=8&depth=4",
+        "HDemucs?sources=['a','b']&channels=8&depth=5&nfft=1024",
         "Wav2Letter?num_classes=10&input_type=mfcc&num_features=40",
         "WaveRNN?upsample_scales=[2,2,2]&n_classes=16&hop_length=8&n_res_block=2&n_rnn=16&n_fc=16&n_hidden=16&n_output=16&n_freq=20",
         "wav2vec2_model?extractor_mode=group_norm&extractor_conv_layer_config=[(16,10,5),(16,3,2)]&extractor_conv_bias=False&encoder_embed_dim=32&encoder_projection_dropout=0.1&encoder_pos_conv_kernel=8&encoder_pos_conv_groups=2&encoder_num_layers=3&encoder_num_heads=4&encoder_attention_dropout=0.1&encoder_ff_interm_features=64&encoder_ff_interm_dropout=0.1&encoder_dropout=0.1&encoder_layer_norm_first=False&encoder_layer_drop=0.1&aux_num_out=8",
@@ -75,14 +76,13 @@ _WITH_ARGUMENTS = {
         "squim_objective_model?feat_dim=32&win_len=32&d_model=32&nhead=4&hidden_dim=32&num_blocks=2&rnn_type=LSTM&chunk_size=11",
         "Wav2Letter?num_classes=10",
         "Tacotron2?n_mels=20&encoder_embedding_dim=32&n_symbol=32",
-        "conv_tasnet_base",
         "hdemucs_low?sources=['a','b']",
     ),
     "speechbrain": (
         "ECAPA_TDNN.ECAPA_TDNN?input_size=40&channels=[32,32,32,32,96]&lin_neurons=16&attention_channels=16",
         "Xvector.Xvector?in_channels=40&tdnn_channels=[32,32,32,32,64]&lin_neurons=32",
         "CRDNN.CRDNN?input_shape=[2,20,40]&cnn_blocks=1&cnn_channels=[8]&rnn_layers=1&rnn_neurons=16&dnn_blocks=1&dnn_neurons=16",
-        "ContextNet.ContextNet?input_shape=[2,20,40]&out_channels=[16,16]&strides=[1,2]&kernel_size=3&num_blocks=2&num_layers=1",
+        "ContextNet.ContextNet?input_shape=[2,20,40]&out_channels=[16,16,16,16]&kernel_size=3&num_blocks=2&num_layers=2&inner_dim=8&strides=[1,2]",
         "ResNet.ResNet?input_size=40&channels=[8,8,16,16]&block_sizes=[1,1,1,1]&strides=[1,1,2,2]&lin_neurons=16",
         "VanillaNN.VanillaNN?input_shape=[2,20,40]&dnn_blocks=2&dnn_neurons=16",
         "RNNLM.RNNLM?output_neurons=30&embedding_dim=16&rnn_layers=1&rnn_neurons=16&dnn_blocks=1&dnn_neurons=16",
@@ -93,7 +93,7 @@ _WITH_ARGUMENTS = {
         "transformer.TransformerLM.TransformerLM?vocab=20&d_model=32&nhead=4&num_encoder_layers=2&num_decoder_layers=0&d_ffn=64",
         "transformer.Transformer.TransformerEncoder?num_layers=2&nhead=4&d_ffn=64&d_model=40",
         "transformer.Conformer.ConformerEncoder?num_layers=2&nhead=4&d_ffn=64&d_model=40&kernel_size=7",
-        "segan_model.Discriminator?kernel_width=31",
+        "segan_model.Discriminator?kernel_size=31",
         "MetricGAN.MetricDiscriminator",
     ),
     "torch_geometric": (
@@ -144,12 +144,16 @@ _WITH_ARGUMENTS = {
     ),
 }
 # Every name that these list is a variant of few; so many of them stand for all, evenly chosen.
-_CHOSEN = {"open_clip": 24}
+_CHOSEN = {"open_clip": 16}
+# So many classes for a task stand for all of transformers, beside the base class of every architecture.
+_TASKS = 60
 _ONLY_WITH_ARGUMENTS = ("speechbrain", "diffusers", "ultralytics", "torchaudio")
 
 
 def networks_of(registry: str) -> list[str]:
     """The networks of one library that are tried, as ``load_model`` takes them.
+
+    Of transformers these are the base class of every architecture, and some classes for each kind of task.
 
     Raises:
         SurgeryError: It is not installed.
@@ -159,7 +163,19 @@ def networks_of(registry: str) -> list[str]:
     listed = available(registry)  # type: ignore[arg-type]
     if registry in _ONLY_WITH_ARGUMENTS:
         return names
+    if registry == "transformers":
+        bases = [f"{registry}/{name}" for name in class_names(tasks=False)]
+        return [*bases, *_evenly([name for name in listed if name not in bases], _TASKS)]
     have = {name.partition("?")[0] for name in names}
     listed = [name for name in listed if name not in have]
-    count = _CHOSEN.get(registry, len(listed))
-    return [*names, *listed[:: max(1, len(listed) // count)]]
+    return [*names, *_evenly(listed, _CHOSEN.get(registry, len(listed)))]
+
+
+def _evenly(names: Sequence[str], count: int) -> Sequence[str]:
+    """At most so many of them, from the first to the last at equal distances.
+
+    Example:
+        >>> _evenly("abcdefg", 3)
+        'adg'
+    """
+    return names[:: max(1, -(-len(names) // max(count, 1)))]

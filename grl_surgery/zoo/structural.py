@@ -138,7 +138,9 @@ def _all_cuts(model: nn.Module, places: Sequence[Place], root: str) -> tuple[nn.
         spliced = insert_grl(model, after=points)
         spliced = insert_grl(spliced, edge=edges) if edges else spliced
         if isinstance(spliced, SplicedModule) and not spliced.grl_surgery.hooked:
-            return spliced, [cut.module for cut in spliced.grl_surgery.cuts]
+            own = [cut.module for cut in spliced.grl_surgery.cuts]
+            if len(own) == len(places):  # the others are in a graph of a module inside it
+                return spliced, own
     coefficients = []
     for place in places:
         before = {id(layer.coeff) for layer in reversals(model).values()}

@@ -77,13 +77,14 @@ class _Network:
         self.result = Trials()
         self.known: dict[tuple[Mode, Spot | None], tuple[dict[str, torch.Tensor | None], Any]] = {}
         self.spliced: tuple[nn.Module, _Place] | None = None
+        self.edges: dict[_Place, Any] = {}
 
     # --------------------------------------------------------------------------------------- the trials
 
     def trials(self) -> Trials:
         seen: dict[Mode, Recording] = {mode: self._record(mode) for mode in _MODES}
         batch = next((value.shape[0] for value in leaves(self.inputs) if value.dim()), 0)
-        places = list(_places(seen, batch))
+        places = self._with_one_edge(list(_places(seen, batch)))
         if not places:
             self.result.outcomes["built"] = "skipped: no gradient reaches a module in either mode"
             return self.result
@@ -132,7 +133,12 @@ class _Network:
         before = time.process_time()
         keyword: dict[str, Any] = {"after": place.name}
         if place.spot.argument is not None:
-            keyword = {"edge": self._edge(place)}
+            edge = self._edge(place)
+            if edge is None:
+                raise gs.SurgeryError(
+                    f"the listing has no edge into argument {place.spot.argument} of {place.name}"
+                )
+            keyword = {"edge": edge}
         if place.spot.operation:
             keyword["example_inputs"] = self.inputs
         self.model.train(made_in == "train")
@@ -156,29 +162,37 @@ class _Network:
             self.spliced = spliced, place
         return f"no gradient comes in {' and '.join(silent)} mode" if silent else None
 
+    def _with_one_edge(self, places: list[_Place]) -> list[_Place]:
+        """The places with the first edge that is listed; in eval mode torch's own blocks run in one step."""
+        self.model.eval()
+        edges = [place for place in places if place.role == "edge"]
+        listed = (place for place in edges if self._edge(place) is not None)
+        chosen = next(listed, edges[0] if edges else None)
+        return [place for place in places if place.role != "edge" or place is chosen]
+
     def _edge(self, place: _Place) -> Any:
-        """The edge into that argument of that operation, out of the listing."""
+        """The edge into that argument of that operation, out of the listing; None where it is not there."""
+        if place in self.edges:
+            return self.edges[place]
         prefix, found = "", None
-        for model, prefix in (
-            (self.model, ""),
-            (self.model.get_submodule(place.spot.path), f"{place.spot.path}."),
+        depth = place.name.count(".") + 1
+        block = self.model.get_submodule(place.spot.path)
+        for model, prefix, inputs in (
+            (self.model, "", self.inputs),
+            (self.model, "", None),  # a run lists the operations of functions that a graph takes whole
+            (block, f"{place.spot.path}.", None),
         ):
             name = place.name.removeprefix(prefix)
             with contextlib.suppress(gs.SurgeryError):
-                edges = gs.graph(
-                    model,
-                    depth=place.name.count(".") + 1 if not prefix else 1,
-                    example_inputs=None if prefix else self.inputs,
-                ).edges
-                into = [edge for edge in edges if edge.target == name]
+                listed = gs.graph(model, depth=1 if prefix else depth, example_inputs=inputs)
+                into = [edge for edge in listed.edges if edge.target == name]
                 found = next((e for e in into if str(e.arg) == str(place.spot.argument)), None)
                 if found:
                     break
-        if found is None:
-            raise gs.SurgeryError(
-                f"the listing has no edge into argument {place.spot.argument} of {place.name}"
-            )
-        return type(found)(prefix + found.source, prefix + found.target, found.arg)
+        if found is not None:
+            found = type(found)(prefix + found.source, prefix + found.target, found.arg)
+        self.edges[place] = found
+        return found
 
     def _same(self, spliced: nn.Module, inputs: Any, spot: Spot, mode: Mode) -> str | None:
         """Compare forward and gradients with those of the hooked original, bit for bit."""
@@ -416,9 +430,10 @@ _THROUGH_KWARGS = ("output_hidden_states", "return_dict")
 
 
 def _places(seen: Mapping[Mode, Recording], batch: int) -> Iterator[_Place]:
-    """Early, middle and late boundaries of modules; an operation and an edge of a block in the middle.
+    """Early, middle and late boundaries of modules; an operation, and edges of blocks in the middle.
 
-    A head reads the value nearest to the middle that has a row for each sample: experts have one a token.
+    Of edges, those nearest to the middle come first. A head reads the value nearest to the middle that has a
+    row for each sample: experts have one a token.
     """
     both = [
         item for item in seen["train"].modules if _is_plain(item, seen) and _in(item, seen["eval"].modules)
@@ -445,8 +460,9 @@ def _places(seen: Mapping[Mode, Recording], batch: int) -> Iterator[_Place]:
         item = operations[len(operations) // 2]
         yield _Place("operation", _operation_name(item, seen), item.spot)
     edges = [i for i in operations if i.spot.operation == "add" and i.tensor_arguments == (0, 1)]
-    if edges:
-        item = edges[len(edges) // 2]
+    middle = len(edges) // 2
+    for place in sorted(range(len(edges)), key=lambda place: abs(place - middle))[:6]:
+        item = edges[place]
         spot = Spot(item.spot.path, operation="add", count=item.spot.count, argument=1)
         yield _Place("edge", _operation_name(item, seen), spot)
 
