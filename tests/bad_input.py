@@ -374,7 +374,7 @@ TABLE = [
     BadInput(
         "gs.graph(model, example_inputs=(x, x))",
         "SurgeryError",
-        "2 example inputs for a forward of 1: x",
+        "2 example inputs were passed; forward takes 1: x",
         "Points and edges",
     ),
     # Coefficients
@@ -457,7 +457,7 @@ TABLE = [
     BadInput(
         "gs.CoefficientScheduler(gs.GradientReversal(), gs.schedules.dual_ascent(0.69), 10).step()",
         "SurgeryError",
-        "dual_ascent follows the domain loss\n  for example: scheduler.step(domain_loss(logits, domains))",
+        "dual_ascent needs the domain loss\n  for example: scheduler.step(domain_loss(logits, domains))",
         "Coefficients",
     ),
     BadInput(
@@ -519,16 +519,16 @@ TABLE = [
     BadInput(
         'gs.insert_grl(torch.compile(Net()), after="fc")',
         "SurgeryError",
-        "this network is wrapped in OptimizedModule, which would go on running the old graph: "
-        "splice, then wrap\n"
+        "this network is wrapped in OptimizedModule, which would run the old network: "
+        "cut first, then wrap\n"
         "  for example: insert_grl(model._orig_mod, ...)",
         "Networks",
     ),
     BadInput(
         'gs.insert_grl(nn.DataParallel(model), after="fc")',
         "SurgeryError",
-        "this network is wrapped in DataParallel, which would go on running the old graph: splice, "
-        "then wrap\n"
+        "this network is wrapped in DataParallel, which would run the old network: "
+        "cut first, then wrap\n"
         "  for example: insert_grl(model.module, ...)",
         "Networks",
     ),
@@ -543,7 +543,7 @@ TABLE = [
         "TracingError",
         "the point input -> 0.fc lies inside a forward that cannot be traced: the forward of '0' "
         "(DrawsInPython) cannot be traced: it draws random numbers in Python, which a graph would freeze\n"
-        "  for example: after='block', the path of a module: what leaves a module needs no trace",
+        "  for example: after='block', the path of a module: a cut at the output of a module needs no trace",
         "Networks",
     ),
     BadInput(
@@ -596,7 +596,7 @@ TABLE = [
     BadInput(
         'gs.attach_domain_head(model, "stage1")',
         "SurgeryError",
-        "nothing says what inputs Net takes, so the head cannot be sized\n"
+        "it is not known what inputs Net takes, so the head cannot be sized\n"
         "  for example: attach_domain_head(model, 'layer3', example_inputs=(torch.randn(2, 3, 224, "
         "224),))",
         "Heads",
@@ -675,7 +675,7 @@ TABLE = [
     BadInput(
         'gs.attach_domain_head(model, "stage1", classifier="pixel", example_inputs=x)',
         "SurgeryError",
-        "classifier='pixel' is neither a module nor one that is known\n"
+        "classifier='pixel' is neither a module nor a known name\n"
         "  nearest: global, patch\n"
         "  for example: classifier='global'",
         "Heads",
@@ -726,7 +726,7 @@ TABLE = [
     BadInput(
         'gs.attach_domain_head(model, "stage1", name="_domain", example_inputs=x)',
         "SurgeryError",
-        "name='_domain' begins with an underscore, as the attributes that are no heads do\n"
+        "name='_domain' begins with an underscore, which names of heads must not\n"
         "  for example: name='domain'",
         "Heads",
     ),
@@ -762,7 +762,7 @@ TABLE = [
     BadInput(
         'gs.verify_flip(gs.insert_grl(model, after="stem"))',
         "SurgeryError",
-        "nothing says what inputs Net takes\n"
+        "it is not known what inputs Net takes\n"
         "  for example: verify_flip(m, reference=model, example_inputs=(torch.randn(2, 3, 224, "
         "224),))",
         "Verification",
@@ -801,7 +801,8 @@ TABLE = [
     BadInput(
         'gs.verify_flip(gs.insert_grl(model, after="stem"), example_inputs=x, mode="test")',
         "SurgeryError",
-        "mode='test' is none of 'train', 'eval' and None for the flags as they are\n"
+        "mode='test' is not known; None keeps the network's own flags\n"
+        "  nearest: train, eval\n"
         "  for example: mode='eval'",
         "Verification",
     ),
@@ -980,7 +981,7 @@ TABLE = [
     BadInput(
         "gs.schedules.delayed(0.5, gs.schedules.dann)",
         "SurgeryError",
-        "dann makes schedules and is none itself: call it\n  for example: dann(hi=0.3)",
+        "dann makes a schedule and is not one itself: call it\n  for example: dann(hi=0.3)",
         "Training",
     ),
     BadInput(
@@ -1000,7 +1001,7 @@ TABLE = [
     BadInput(
         "gs.CoefficientScheduler(gs.GradientReversal(), gs.schedules.dann, 10)",
         "SurgeryError",
-        "dann makes schedules and is none itself: call it\n  for example: dann(hi=0.3)",
+        "dann makes a schedule and is not one itself: call it\n  for example: dann(hi=0.3)",
         "Training",
     ),
     BadInput(
@@ -1026,7 +1027,7 @@ TABLE = [
     BadInput(
         'gs.export(model, "m.h5")',
         "ExportError",
-        "'m.h5' has an ending that is no format; formats are .safetensors, .pt2, .onnx, and a "
+        "'m.h5' has an unknown ending; formats are .safetensors, .pt2, .onnx, and a "
         "folder of code for a name without an ending\n"
         "  for example: export(m, 'm.safetensors')",
         "Files",
@@ -1056,7 +1057,7 @@ TABLE = [
     BadInput(
         'gs.export(gs.insert_grl(model, after="stem"), "m.pt2")',
         "ExportError",
-        "nothing says what inputs Net takes, and a program is recorded by running it\n"
+        "it is not known what inputs Net takes; a program is recorded by running it\n"
         "  for example: export(m, 'm.pt2', example_inputs=(torch.randn(2, 3, 224, 224),))",
         "Files",
     ),
@@ -1075,14 +1076,14 @@ TABLE = [
     BadInput(
         'with disk_full(): gs.export(gs.insert_grl(model, after="stem"), "m.pt2", example_inputs=x)',
         "ExportError",
-        "m.pt2 cannot be written: No space left on device; what was there before is as it was\n"
+        "m.pt2 cannot be written: No space left on device; an older file is unchanged\n"
         "  for example: another folder: '/tmp/m.pt2'",
         "Files",
     ),
     BadInput(
         'with read_only(): gs.export(gs.insert_grl(model, after="stem"), "m.pt2", example_inputs=x)',
         "ExportError",
-        "m.pt2 cannot be written: Permission denied; what was there before is as it was\n"
+        "m.pt2 cannot be written: Permission denied; an older file is unchanged\n"
         "  for example: another folder: '/tmp/m.pt2'",
         "Files",
     ),
@@ -1159,7 +1160,7 @@ TABLE = [
     BadInput(
         "grl-surgery insert nets.py:net",
         "2",
-        "error: nothing says where: give --after, --before or --edge\n"
+        "error: no point is named: give --after, --before or --edge\n"
         "  for example: --after layer3 ('grl-surgery graph MODEL' lists the points)",
         "The command line",
     ),
@@ -1174,7 +1175,7 @@ TABLE = [
     BadInput(
         "grl-surgery insert nets.py:net --after fc -o m.h5",
         "2",
-        "error: 'm.h5' has an ending that is no format; formats are .safetensors, .pt2, .onnx, and a "
+        "error: 'm.h5' has an unknown ending; formats are .safetensors, .pt2, .onnx, and a "
         "folder of code for a name without an ending\n"
         "  for example: -o m.safetensors",
         "The command line",

@@ -115,22 +115,27 @@ MUTANTS = [
     Mutant("surgery/head_outputs.py", "extended = _copied(output)", "extended = output", CALLS),
     Mutant(
         "capture/tracer.py",
-        "            refuse_narrowing(root_fn, parameters)\n",
+        "            refuse_narrowing(forward, parameters)\n",
         "            pass\n",
         SURGERY,
     ),
-    Mutant("nn/reversal.py", "factor, ctx.rule = -inputs[1], ", "factor, ctx.rule = inputs[1], ", REVERSAL),
     Mutant(
-        "nn/reversal.py",
+        "nn/reversal_autograd.py",
+        "factor, ctx.rule = -inputs[1], ",
+        "factor, ctx.rule = inputs[1], ",
+        REVERSAL,
+    ),
+    Mutant(
+        "nn/reversal_autograd.py",
         "return scaled if scaled.dtype == grad.dtype else scaled.to(grad.dtype)",
         "return scaled",
         REVERSAL,
     ),
-    Mutant("nn/reversal.py", "scaled = limited * factor", "scaled = limited / factor", REVERSAL),
-    Mutant("nn/reversal.py", 'return "view"', 'return "detached"', REVERSAL),
-    Mutant("nn/reversal.py", "coeff.dim() != 1 or x.dim() == 0 or ", "", REVERSAL),
-    Mutant("nn/reversal.py", "if not coeff.is_floating_point():", "if False:", REVERSAL),
-    Mutant("nn/reversal.py", "    return x.clone()\n", "    return x\n", CONTEXTS),
+    Mutant("nn/reversal_autograd.py", "scaled = limited * factor", "scaled = limited / factor", REVERSAL),
+    Mutant("nn/reversal_autograd.py", 'return "view"', 'return "detached"', REVERSAL),
+    Mutant("nn/reversal_checks.py", "coeff.dim() != 1 or x.dim() == 0 or ", "", REVERSAL),
+    Mutant("nn/reversal_checks.py", "if not coeff.is_floating_point():", "if False:", REVERSAL),
+    Mutant("nn/reversal_operator.py", "    return x.clone()\n", "    return x\n", CONTEXTS),
     Mutant("surgery/graph_rewrite.py", "for user in users:", "for user in users[1:]:"),
     Mutant("surgery/graph_rewrite.py", "for user in users:", "for user in users[:1]:"),
     Mutant("surgery/graph_rewrite.py", "return len(users)", "return 1"),
@@ -162,14 +167,14 @@ MUTANTS = [
         '            raise RuntimeError(f"part of it runs',
         '            print(f"part of it runs',
     ),
-    Mutant("capture/tracer.py", "        refuse_hooks(m, path)\n", ""),
-    Mutant("capture/tracer.py", "self.mode_dependent.add(attr_val.path)", "pass"),
+    Mutant("capture/tracer.py", "        refuse_hooks(self.twins.original_of(m), path)\n", ""),
+    Mutant("capture/tracer.py", "self.mode_dependent.add(value.path)", "pass"),
     Mutant(
         "capture/tracer.py", "        self.refuse_randomness()\n        self.inside", "        self.inside"
     ),
     Mutant("capture/tracer.py", "            self.refuse_changes()\n", "", STATE),
     Mutant("capture/tracer.py", 'boundary="out" if arg is None else "in"', 'boundary="in"'),
-    Mutant("capture/capture.py", "            redirect_in_place_uses(model, graph)\n", ""),
+    Mutant("capture/capture.py", "        redirect_in_place_uses(model, graph)\n", ""),
     Mutant(
         "capture/capture.py", "for mode in (True, False, None) if mode in variants", "for mode in variants"
     ),
@@ -208,8 +213,20 @@ MUTANTS = [
     Mutant("points.py", "int(alias[2]) + 1", "int(alias[2])"),
     Mutant("points.py", '"*": r"[^.]*"', '"*": r".*"'),
     Mutant("points.py", "fullmatch(name) or", "match(name) or"),
-    Mutant("capture/traceable_copy.py", " and id(module) not in listed", ""),
-    Mutant("capture/traceable_copy.py", "flag if mode is None else mode", "flag"),
+    Mutant(
+        "capture/traceable_copy.py", "self.twins[id(child)] if id(child) in self.twins else child", "child"
+    ),
+    Mutant("capture/traceable_copy.py", "flag if self.mode is None else self.mode", "flag"),
+    Mutant(
+        "capture/traceable_copy.py",
+        "return self.read(super().__getitem__(name))",
+        "return super().__getitem__(name)",
+    ),
+    Mutant("capture/tracer.py", "if frame.f_code is _RUN and", "if False and"),
+    Mutant(
+        "capture/recorded_functions.py", "        if is_wrapped_for_fx(held, name):\n", "        if False:\n"
+    ),
+    Mutant("capture/state_of_calls.py", "if both := written & read:", "if both := set():"),
     Mutant("isolation/rng_state.py", "        torch.random.set_rng_state(torch_state)\n", ""),
     Mutant("isolation/rng_state.py", "        random.setstate(python_state)\n", ""),
     Mutant(
@@ -288,8 +305,8 @@ MUTANTS = [
     Mutant("capture/python_state.py", "not _is_from_inputs(item.node)", "True", STATE),
     Mutant("capture/aliasing.py", "elif node.target is reverse_nested:", "elif False:"),
     Mutant("surgery/submodule_surgery.py", "    if way is not None:\n", "    if False:\n", SHARING),
-    Mutant("isolation/shared_copy.py", "            elif key != COMPILED:\n", "            else:\n", SHARING),
-    Mutant("capture/traceable_copy.py", "if path and overrides_call(module):", "if False:", SHARING),
+    Mutant("isolation/shared_copy.py", "    attributes.pop(COMPILED, None)\n", "", SHARING),
+    Mutant("capture/traceable_copy.py", "if path and overrides_call(twin):", "if False:", SHARING),
     Mutant(
         "verify/verify_flip.py",
         'elif all(row.ok and row.measured in ("unchanged", *_SILENT) for row in rows):',

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Thread
 
 import torch
 from oracles import assert_untouched, snapshot
@@ -48,6 +50,29 @@ def test_threads_with_networks_that_share_parameters_do_not_meet():
     assert all(json.loads(job.result())["ok"] for job in jobs)
     for model, untouched in zip((first, second), before, strict=True):
         assert_untouched(model, untouched)
+
+
+def test_a_verification_that_waits_for_another_puts_back_what_was_before_both():
+    model, other = Net(), Net()
+    spliced, second = gs.insert_grl(model, after="stem"), gs.insert_grl(other, after="stem")
+    waiting = Thread(target=gs.verify_flip, args=(second, other, image()))
+
+    def start_the_other(module: nn.Module, args: object, output: object) -> None:
+        if not waiting.ident:
+            waiting.start()
+            waiting.join(timeout=0.5)
+            assert waiting.is_alive()
+
+    model.fc.register_forward_hook(start_the_other)
+    level = logging.root.manager.disable
+
+    assert gs.verify_flip(spliced, model, image()).ok
+    waiting.join()
+
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.is_grad_enabled()
+    assert logging.root.manager.disable == level
+    assert torch.utils.deterministic.fill_uninitialized_memory
 
 
 def test_a_network_can_run_in_one_thread_while_another_traces_it():

@@ -103,14 +103,14 @@ def test_the_badges_say_what_the_project_and_the_ledger_say() -> None:
 def test_outcomes_in_tables_have_a_colour_and_a_sign(hooks: ModuleType) -> None:
     row = '<tr><td>eager</td><td><strong>LOST</strong></td><td style="x">reversed</td><td>error: X</td></tr>'
     html = hooks.on_page_content(
-        f"<table>{row}</table><table><tr><td>other</td></tr></table>", None, None, None
+        f"<table>{row}</table><table><tr><td>wrong</td></tr></table>", None, None, None
     )
     assert html == (
-        '<table class="outcomes"><tr><td>eager</td>'
+        '<div class="outcomes"><table><tr><td>eager</td>'
         '<td class="lost"><span aria-hidden="true">✗</span> <strong>LOST</strong></td>'
         '<td style="x" class="reversed"><span aria-hidden="true">✓</span> reversed</td>'
-        '<td class="error"><span aria-hidden="true">!</span> error: X</td></tr></table>'
-        "<table><tr><td>other</td></tr></table>"
+        '<td class="error"><span aria-hidden="true">!</span> error: X</td></tr></table></div>'
+        "<table><tr><td>wrong</td></tr></table>"
     )
 
 

@@ -92,7 +92,10 @@ def test_every_mode_runs_and_the_flip_is_proved_first(
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [pytest.param(signal.SIGTERM, 143, marks=pytest.mark.long), (signal.SIGKILL, -9)],
+)
 def test_a_run_that_was_interrupted_ends_with_the_same_bits(
     number: signal.Signals, code: int, uninterrupted: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -210,7 +213,11 @@ def test_the_networks_know_nothing_of_a_reversal(kind: str, train_dann: ModuleTy
 
 
 @pytest.mark.parametrize(
-    ("parallel", "wrapper"), [("ddp", "DistributedDataParallel"), ("fsdp", "FSDPPaperNetwork")]
+    ("parallel", "wrapper"),
+    [
+        pytest.param("ddp", "DistributedDataParallel", marks=pytest.mark.long),
+        ("fsdp", "FSDPPaperNetwork"),
+    ],
 )
 def test_two_processes_train_under_torchrun(parallel: str, wrapper: str, tmp_path: Path) -> None:
     pytest.importorskip("accelerate")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, note, settings
 from hypothesis import strategies as st
@@ -290,14 +291,19 @@ def _equal(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:
     return torch.equal(first, second)
 
 
-@settings(
-    max_examples=300,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=list(HealthCheck),
-    print_blob=False,
-)
+ALIKE = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), print_blob=False)
+
+
+@settings(ALIKE, max_examples=100)
 @given(cases())
 def test_a_random_network_cut_at_random_places_is_what_the_interpreter_says(case):
+    note(source_of(case.block))
+    assume(check(case) != "invalid")
+
+
+@pytest.mark.long
+@settings(ALIKE, max_examples=300)
+@given(cases())
+def test_three_hundred_random_networks_are_what_the_interpreter_says(case):
     note(source_of(case.block))
     assume(check(case) != "invalid")

@@ -46,7 +46,13 @@ def write(folder: Path, *arguments: str) -> Path:
 
 @pytest.mark.parametrize(
     ("recipe", "trainer"),
-    [("dann", "plain"), ("cdan", "plain"), ("fairness", "plain"), ("dann", "accelerate")],
+    [
+        ("dann", "plain"),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in (("cdan", "plain"), ("fairness", "plain"), ("dann", "accelerate"))
+        ),
+    ],
 )
 def test_the_script_runs_and_a_run_that_was_stopped_ends_with_the_same_bits(
     recipe: str, trainer: str, tmp_path: Path

@@ -536,7 +536,7 @@ def test_verify_as_json_holds_a_report_for_each_mode_and_nothing_else(
 def test_a_network_without_known_inputs_needs_their_size(command: Command, networks: str) -> None:
     refused = command("verify", f"{networks}:without_inputs", "--after", "first")
     assert refused.code == 2
-    assert re.search(r"nothing says what inputs(.|\n)*--input-size", refused.err)
+    assert re.search(r"it is not known what inputs(.|\n)*--input-size", refused.err)
     done = command(
         "verify", f"{networks}:without_inputs", "--after", "first", "--input-size", "4", "--batch", "5"
     )

@@ -192,7 +192,7 @@ def test_a_reversal_is_not_blamed_for_inputs_that_do_not_fit(model: nn.Module) -
 
 
 def test_a_network_without_known_inputs_is_refused() -> None:
-    with pytest.raises(gs.SurgeryError, match="nothing says what inputs Network takes"):
+    with pytest.raises(gs.SurgeryError, match="it is not known what inputs Network takes"):
         gs.find_reversals(Network())
 
 

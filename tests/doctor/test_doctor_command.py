@@ -78,7 +78,7 @@ def test_json_is_all_that_is_printed(networks: str, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("source", "complaint"),
     [
-        (":unknown", "nothing says what inputs networks_of_the_doctor.py:unknown takes"),
+        (":unknown", "it is not known what inputs networks_of_the_doctor.py:unknown takes"),
         (":pastd", "has no 'pastd'"),
         ("", "for example: networks_of_the_doctor.py:"),
     ],

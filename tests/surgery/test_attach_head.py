@@ -285,7 +285,10 @@ def test_a_layout_that_the_network_leaves_open_is_assumed_aloud_and_can_be_chose
             {"after": "mean", "example_inputs": torch.randn(2, 5, 8, 8)},
             r"this Net does not run on inputs of 2x5x8x8: RuntimeError: .* to have 3 channels",
         ),
-        ({"after": "mean", "example_inputs": (image(), 1)}, "2 example inputs for a forward of 1: x"),
+        (
+            {"after": "mean", "example_inputs": (image(), 1)},
+            "2 example inputs were passed; forward takes 1: x",
+        ),
     ],
 )
 def test_a_bad_call_is_refused_and_attaches_nothing(options, message):

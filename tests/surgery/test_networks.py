@@ -380,8 +380,16 @@ NETWORKS = {
     ),
 }
 
+LONG = ("torchvision/inception_v3", "timm/densenet121", "torchvision/vit_b_16", "timm/swin_tiny")
+
+
+def marks_of(name: str) -> list[pytest.MarkDecorator]:
+    """Large networks take longest, and each kind of forward is in a smaller one as well."""
+    return [pytest.mark.long] * name.startswith(LONG)
+
+
 CASES = [
-    pytest.param(name, mode, point, id=f"{name}-{mode}-{point.label}")
+    pytest.param(name, mode, point, id=f"{name}-{mode}-{point.label}", marks=marks_of(name))
     for name, network in NETWORKS.items()
     for mode in network.modes
     for point in network.points
@@ -562,7 +570,13 @@ def test_exactly_the_right_gradients_flip_and_nothing_else_changes(
 
 
 @pytest.mark.parametrize(
-    "subject", [name for name, network in NETWORKS.items() if len(network.points) > 1], indirect=True
+    "subject",
+    [
+        pytest.param(name, marks=marks_of(name))
+        for name, network in NETWORKS.items()
+        if len(network.points) > 1
+    ],
+    indirect=True,
 )
 def test_checkpoints_load_strictly_into_a_fresh_network_and_back(subject: Subject) -> None:
     mode = subject.network.modes[-1]
@@ -643,7 +657,7 @@ def one_thread() -> Iterator[None]:
 def test_an_eager_hook_at_the_same_module_gives_the_same_gradients(
     subject: Subject, mode: str, point: Point
 ) -> None:
-    model = subject.in_mode(mode)
+    model = copy.deepcopy(subject.in_mode(mode))  # a forward in train mode moves the statistics
     expected = gradients(reverse_in_eager(model, point.after), subject.images)
 
     found = gradients(gs.insert_grl(model, after=point.after), subject.images)
@@ -677,7 +691,9 @@ HEADS = {
 
 
 @pytest.mark.filterwarnings("ignore:at '")
-@pytest.mark.parametrize("subject", list(NETWORKS), indirect=True)
+@pytest.mark.parametrize(
+    "subject", [pytest.param(name, marks=marks_of(name)) for name in NETWORKS], indirect=True
+)
 def test_with_a_head_each_objective_has_its_own_gradients(subject: Subject) -> None:
     (name,) = (name for name, network in NETWORKS.items() if network is subject.network)
     place = HEADS[name.partition(" ")[0]]

@@ -6,7 +6,8 @@ import copy
 import functools
 import itertools
 import pickle
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -293,9 +294,7 @@ def test_the_logits_are_added_to_a_copy_of_what_the_network_returns():
 def test_a_network_that_is_compiled_in_place_is_refused(verb, part):
     model = Net()
     model.get_submodule(part).compile(backend="eager")
-    with pytest.raises(
-        gs.SurgeryError, match=f"old graph: {part or 'the root'}; splice first, compile after"
-    ):
+    with pytest.raises(gs.SurgeryError, match=f"old code: {part or 'the root'}; splice first, compile after"):
         verb(model, after="block")
 
 
@@ -484,3 +483,101 @@ def test_an_edge_that_begins_inside_a_reversed_module_goes_on_behind_that_revers
     h.backward(-flipped.grad + twice.grad)
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     assert_same_gradients(gradients(spliced, x), expected)
+
+
+# ------------------------------------------------------------------- what a trace cannot see, and a run can
+
+
+class _MayReturnNone(nn.Module):
+    def __init__(self, is_last: bool) -> None:
+        super().__init__()
+        self.linear, self.is_last = nn.Linear(4, 4), is_last
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        y = self.linear(x).tanh()
+        return None if self.is_last else y, y
+
+
+class _Sums(nn.Module):
+    """For a trace every item is something; a run knows that the last layer returns None."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([_MayReturnNone(False), _MayReturnNone(True)])
+        self.out = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        total: Any = 0.0
+        for layer in self.layers:
+            residual, skip = layer(x)
+            if residual is not None:
+                x = x + residual
+            total = total + skip
+        return self.out(total)
+
+
+class _AroundSums(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.sums = nn.Linear(4, 4), _Sums()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = -x if x.sum() > 1e9 else x
+        return self.sums(self.first(x))
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_an_operation_is_cut_where_a_run_goes_and_a_trace_goes_elsewhere(place: int) -> None:
+    torch.manual_seed(0)
+    model, x = _AroundSums(), torch.randn(2, 4)
+    spliced = gs.insert_grl(model, after=f"sums.add#{place + 1}", example_inputs=x)
+    found = torch.autograd.grad(spliced(x).sum(), list(spliced.parameters()))
+
+    layers, out = model.sums.layers, model.sums.out  # the same by hand, with the reversal in one place
+    sums: list[torch.Tensor] = []
+
+    def added(one: Any, other: torch.Tensor) -> torch.Tensor:
+        value = one + other
+        sums.append(value)
+        return 2 * value.detach() - value if len(sums) == place + 1 else value
+
+    y = model.first(x)
+    residual, skip = layers[0](y)
+    y = added(y, residual)
+    total = added(0.0, skip)
+    total = added(total, layers[1](y)[1])
+    wanted = torch.autograd.grad(out(total).sum(), list(model.parameters()))
+    assert all(torch.allclose(one, other) for one, other in zip(found, wanted, strict=True))
+
+
+def test_a_head_reads_an_item_by_another_key_than_the_forward_around_it_uses() -> None:
+    class Output(dict[str, torch.Tensor]):
+        def __getitem__(self, key: Any) -> torch.Tensor:
+            return list(self.values())[key] if isinstance(key, int) else super().__getitem__(key)
+
+    @dataclass
+    class Result:
+        task: torch.Tensor
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 6)
+
+        def forward(self, x: torch.Tensor) -> Output:
+            return Output(state=self.linear(x))
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.out = Encoder(), nn.Linear(6, 2)
+
+        def forward(self, x: torch.Tensor) -> Result:
+            return Result(task=self.out(self.encoder(x)[0]))
+
+    x, model = torch.randn(3, 4), Net()
+    m = gs.attach_domain_head(model, "encoder[state]", num_domains=2, dropout=0.0, example_inputs=x)
+    output = m(x)
+    assert torch.equal(output.task, model(x).task)
+    head = m.get_submodule("domain")
+    assert torch.equal(output.domain_logits, head(model.encoder(x)["state"]))

@@ -482,7 +482,7 @@ def test_a_run_of_dual_ascent_is_resumed_with_its_coefficient() -> None:
 
 def test_a_loss_is_asked_for_and_refused_as_the_schedule_says() -> None:
     learns = CoefficientScheduler(GradientReversal(), dual_ascent(0.69), total_steps=10)
-    with pytest.raises(SurgeryError, match=r"follows the domain loss\n.*step\(domain_loss"):
+    with pytest.raises(SurgeryError, match=r"needs the domain loss\n.*step\(domain_loss"):
         learns.step()
     with pytest.raises(SurgeryError, match="the domain loss is nan"):
         learns.step(float("nan"))

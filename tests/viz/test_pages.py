@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -527,6 +528,24 @@ def test_printed_it_has_no_buttons_and_no_scroll_bars(
         )
         assert sizes == [0, "visible"]
     assert len(browser.print_page()) > 10_000
+
+
+def test_on_a_phone_nothing_but_a_table_or_a_picture_scrolls_sideways(
+    open_page: Open, browser: Any, reports: dict[str, gs.FlipReport]
+) -> None:
+    report = replace(
+        reports["heads"],
+        reversals=tuple(
+            replace(r, name=f"a_head_with_a_long_name.{r.name}") for r in reports["heads"].reversals
+        ),
+    )
+    phone = {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    try:
+        open_page(report_page([report]))
+        assert browser.execute_script("return document.documentElement.scrollWidth") == 390
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_a_thousand_parameters_open_in_under_a_second(open_page: Open) -> None:

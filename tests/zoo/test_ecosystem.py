@@ -6,6 +6,7 @@ A library that is not installed is skipped. What the oracle itself must notice i
 import dataclasses
 import importlib
 import importlib.util
+import itertools
 import json
 import subprocess
 import sys
@@ -21,7 +22,8 @@ from grl_surgery.loading import downloads
 from grl_surgery.loading.libraries import split_arguments
 from grl_surgery.loading.model_zoo import load_model
 from grl_surgery.loading.small_configs import small_configs
-from grl_surgery.zoo import ecosystem, trials
+from grl_surgery.loading.transformers_models import class_names
+from grl_surgery.zoo import ecosystem, hooked, trials
 from grl_surgery.zoo.ecosystem import (
     NetworkRow,
     is_old,
@@ -31,6 +33,7 @@ from grl_surgery.zoo.ecosystem import (
     write_network_rows,
 )
 from grl_surgery.zoo.hooked import Spot, call, gradients, record, reversed_at
+from grl_surgery.zoo.sources import networks_of
 from grl_surgery.zoo.trials import try_everything
 
 ROOT = Path(__file__).parents[2]
@@ -83,6 +86,7 @@ for source in sys.argv[1:]:
 """
 
 
+@pytest.mark.long
 def test_every_cut_and_use_is_what_hooks_on_the_original_give() -> None:
     """In a process of its own, where autograd has started no threads: each network is tried in a fork."""
     libraries = {source: source.partition("/")[0] for source in SAMPLE}
@@ -261,7 +265,7 @@ def test_a_class_of_transformers_is_small_and_takes_attributes_of_its_configurat
     assert sum(p.numel() for p in loaded.module.parameters()) < 1_000_000
     assert len(loaded.module.encoder.layer) == 3  # type: ignore[union-attr, arg-type]
     assert isinstance(loaded.example_inputs, dict)
-    assert loaded.module(**loaded.example_inputs).last_hidden_state.shape == (2, 9, 96)
+    assert loaded.module(**loaded.example_inputs).last_hidden_state.shape == (2, 9, 24)
 
 
 def test_a_class_that_transformers_has_not_is_answered_with_near_ones() -> None:
@@ -336,6 +340,74 @@ def test_widths_are_divided_alike_so_that_heads_still_divide_them() -> None:
     assert (small.num_hidden_layers, small.vocab_size) == (2, 256)
 
 
+def test_heads_are_divided_with_the_widths_and_the_width_of_one_head_is_not() -> None:
+    config = importlib.import_module("transformers").LlamaConfig(num_key_value_heads=8)
+    small = list(itertools.islice(small_configs(config), 4))
+    assert config.hidden_size // config.num_attention_heads == 128
+    assert [each.hidden_size // each.num_attention_heads for each in small] == [8, 32, 128, 8]
+    assert [each.num_attention_heads for each in small] == [4, 4, 4, 32]
+    first = small[0]
+    assert first.num_attention_heads // first.num_key_value_heads == 4
+
+
+def test_a_default_that_every_checkpoint_sets_is_no_obstacle() -> None:
+    config = importlib.import_module("transformers").EsmConfig()
+    assert config.vocab_size is None
+    small = next(small_configs(config))
+    assert (small.vocab_size, small.pad_token_id) == (256, 0)
+    assert load_model("transformers/EsmModel").example_inputs is not None
+
+
+def test_the_parts_of_a_rotary_position_still_fill_one_head() -> None:
+    for name in ("GlmOcrTextModel", "Qwen3VLModel"):
+        assert isinstance(load_model(f"transformers/{name}").example_inputs, dict)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("DecisionTransformerModel", {"states", "actions", "rewards", "returns_to_go", "timesteps"}),
+        ("AudioFlamingo3Encoder", {"input_features", "input_features_mask"}),
+    ],
+)
+def test_arguments_that_have_a_default_and_must_be_given_are_found(name: str, arguments: set[str]) -> None:
+    loaded = load_model(f"transformers/{name}")
+    assert isinstance(loaded.example_inputs, dict)
+    assert set(loaded.example_inputs) == arguments
+    assert leaves_of(loaded.module(**loaded.example_inputs))
+
+
+def test_images_of_any_size_are_given_as_patches() -> None:
+    loaded = load_model("transformers/Qwen3_5VisionModel")
+    assert isinstance(loaded.example_inputs, dict)
+    config: Any = loaded.module.config
+    wide = config.in_channels * config.temporal_patch_size * config.patch_size**2
+    assert loaded.example_inputs["hidden_states"].shape == (32, wide)
+    assert leaves_of(loaded.module(**loaded.example_inputs))
+
+
+def leaves_of(output: Any) -> list[torch.Tensor]:
+    return [value for value in hooked.leaves(output) if value.is_floating_point()]
+
+
+def test_each_architecture_of_transformers_stands_in_the_ledger_once_and_every_task_somewhere() -> None:
+    names = networks_of("transformers")
+    assert len(names) == len(set(names))
+    bases = {f"transformers/{name}" for name in class_names(tasks=False)}
+    assert bases <= set(names)
+    tasks = set(names) - bases
+    assert 20 <= len(tasks) <= 60
+    assert any("ForSequenceClassification" in name for name in tasks)
+    assert any("ForConditionalGeneration" in name for name in tasks)
+
+
+def test_a_network_that_is_only_built_runs_and_is_not_cut() -> None:
+    row = try_network("transformers/BertModel", build_only=True)
+    assert (row.built, row.outcomes, row.places) == (True, {}, {})
+    assert row.parameters > 0
+    assert not try_network("transformers/NoSuchModel", build_only=True).built
+
+
 # --------------------------------------------------------------------------------------------------- ledger
 
 
@@ -378,6 +450,50 @@ def test_a_network_that_takes_too_long_is_ended_and_said_so(monkeypatch: pytest.
     monkeypatch.setattr(ecosystem, "_row", forever)
     row = try_network("transformers/BertModel", seconds=1)
     assert (row.built, row.reason) == (False, "it took longer than 1 s")
+
+
+def test_a_library_that_ends_the_process_leaves_a_row_with_what_it_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def ends(_source: str) -> NetworkRow:
+        raise SystemExit("no licence")
+
+    monkeypatch.setattr(ecosystem, "_row", ends)
+    row = try_network("transformers/BertModel", seconds=20)
+    assert (row.built, row.reason) == (False, "SystemExit: no licence")
+
+
+def test_a_network_that_is_too_large_stands_in_the_ledger_with_its_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ecosystem, "LARGEST", 10)
+    row = try_network("transformers/BertModel", seconds=20)
+    assert not row.built
+    assert "parameters, more than the 10 up to which a network is tried" in row.reason
+
+
+def test_an_edge_is_tried_that_the_listing_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.Sequential(Residual(), nn.Linear(2, 4), Residual(), nn.Linear(2, 4), Residual())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.blocks(x)
+
+    list_all = gs.graph
+
+    def without_the_middle(*args: Any, **keyword: Any) -> Any:
+        found = list_all(*args, **keyword)
+        edges = [edge for edge in found.edges if not edge.target.startswith(("blocks.2.add", "add"))]
+        return dataclasses.replace(found, edges=tuple(edges))
+
+    torch.manual_seed(0)
+    assert try_everything(Net(), X).places["edge"] == "blocks.2.add"
+    monkeypatch.setattr(trials.gs, "graph", without_the_middle)
+    found = try_everything(Net(), X)
+    assert found.places["edge"] in ("blocks.0.add", "blocks.4.add")
+    assert found.outcomes["edge"] == "ok"
 
 
 def test_the_attributes_that_a_spliced_network_counts_in_are_put_back() -> None:

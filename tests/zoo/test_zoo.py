@@ -92,7 +92,15 @@ SAMPLE = {
 }
 
 
-@pytest.mark.parametrize("name", SAMPLE)
+LONG = {
+    *("timm/tnt_s_patch16_224", "timm/sequencer2d_s", "timm/hrnet_w18_small", "timm/coat_tiny"),
+    *("timm/mvitv2_tiny", "timm/densenet121", "torchvision/fasterrcnn_mobilenet_v3_large_320_fpn"),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] * (name in LONG)) for name in SAMPLE]
+)
 def test_each_cut_reverses_the_paths_that_are_predicted_and_no_others(name: str) -> None:
     row = check(name, "structural")
     assert row.result == "ok", row.reason
