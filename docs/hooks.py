@@ -32,7 +32,7 @@ PAGES = {
 
 _LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 _OUTCOME = re.compile(r"<td( [^>]*)?>(<strong>LOST</strong>|reversed\b|error\b|wrong\b)")
-_TABLE_OF_OUTCOMES = re.compile(r"<table>(?=(?:(?!</table>).)*<strong>LOST</strong>)", re.DOTALL)
+_TABLE_OF_OUTCOMES = re.compile(r"<table>(?:(?!</table>).)*<strong>LOST</strong>.*?</table>", re.DOTALL)
 _FENCE = re.compile(r"^(\s*`{3,}\w+) no-run$", re.MULTILINE)
 
 
@@ -99,7 +99,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
     A page without sections has no table of contents, and gets its place.
     """
-    if not re.search(r"^## ", markdown, re.MULTILINE):
+    if not re.search(r"^(## |::: )", markdown, re.MULTILINE):
         page.meta.setdefault("hide", []).append("toc")
     # What is generated from a file in the root has that file's links.
     folder = "." if page.file.src_uri in PAGES.values() and page.file.generated_by else "docs"
@@ -118,12 +118,19 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
-    """Keep the name of what a docstring refers to (``:func:`insert_grl```), and colour tables of outcomes."""
+    """Keep the name of what a docstring refers to (``:func:`insert_grl```), and colour tables of outcomes.
+
+    The table itself gets no class, because the theme lets only tables without a class scroll on a phone.
+    """
     html = re.sub(r":(?:func|class|meth|data|mod):(?=<code>)", "", html).replace("<code>~", "<code>")
-    html = re.sub(
-        r"<table>(?=(?:(?!</table>).)*<strong>LOST</strong>)", '<table class="outcomes">', html, flags=re.S
-    )
-    return _OUTCOME.sub(_outcome, html)
+    html = _TABLE_OF_OUTCOMES.sub(_outcomes, html)
+    if page is not None and page.file.src_uri == "errors.md":
+        html = f'<div class="messages">{html}</div>'
+    return html
+
+
+def _outcomes(table: re.Match[str]) -> str:
+    return f'<div class="outcomes">{_OUTCOME.sub(_outcome, table[0])}</div>'
 
 
 def _outcome(cell: re.Match[str]) -> str:

@@ -47,9 +47,9 @@ def main(folder: Path) -> None:
                 shoot(browser, page, folder / f"{name.split('_patch')[0]}.png", height, blocks)
             for name, report in reports().items():
                 report.to_html(page)
-                shoot(browser, page, folder / f"report_{name}.png", 1180)
+                shoot(browser, page, folder / f"report_{name}.png", 1210)
                 if name == "heads":
-                    shoot(browser, page, folder / f"report_{name}_dark.png", 1180, scheme="dark", view=1)
+                    shoot(browser, page, folder / f"report_{name}_dark.png", 1210, scheme="dark", view=1)
     finally:
         browser.quit()
 

@@ -55,13 +55,16 @@ $ grl-surgery zoo --tier numeric --ledger numeric.jsonl --jobs 2
 Networks of other libraries, small and with random weights (`benchmarks/results/zoo_ecosystem.jsonl`). Each is
 cut after an early, a middle and a late module, after an operation, on an edge into a sum, and gets a domain
 head. What is cut in one mode is used in both, with other batches, lengths, masks, labels and flags; it is
-stripped, copied, pickled and saved. Every forward and every gradient is compared, bit for bit, with those of
+stripped, copied, pickled and saved. Of transformers the base class of every architecture is tried, and some
+classes for each kind of task. Every forward and every gradient is compared, bit for bit, with those of
 the original under hooks of torch, and the proof has to say the same. What a library lists and what cannot be
 built here stands below with the reason.
 
 ```console no-run
 $ grl-surgery zoo --registry transformers --ledger transformers.jsonl
 $ grl-surgery zoo 'monai/*UNet*' --registry monai                     # some of one library
+$ grl-surgery zoo --registry all --jobs 2 --ledger ecosystem.jsonl    # what is installed of all of them
+$ python -m grl_surgery.zoo.ecosystem --build-only monai              # each one is built, and runs once
 ```
 
 {ecosystem}
@@ -157,15 +160,16 @@ def ecosystem_lines(rows: Mapping[str, NetworkRow]) -> list[str]:
     """A table by library, and below it every network that is not as it should be."""
     kinds = ("ok", "refused", "broken", "wrong", "disagrees", "not built")
     lines = [
-        "| library | tried | right | refused somewhere | broken | wrong | proof disagrees | not built |",
-        "|---|---|---|---|---|---|---|---|",
+        "| library | listed | built | right | refused | broken | wrong | proof disagrees | not built |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     libraries: dict[str, list[NetworkRow]] = {}
     for row in rows.values():
         libraries.setdefault(row.library, []).append(row)
     for library, members in sorted(libraries.items()):
         results = [result_of(row) for row in members]
-        cells = [library, str(len(members)), *(str(results.count(kind)) for kind in kinds)]
+        built = len(members) - results.count("not built")
+        cells = [library, str(len(members)), str(built), *(str(results.count(kind)) for kind in kinds)]
         lines.append(f"| {' | '.join(cells)} |")
     versions = sorted({part for row in rows.values() for part in row.versions.split(", ")})
     dates = sorted({row.date for row in rows.values() if row.date})

@@ -1,4 +1,4 @@
-"""What becomes of a gradient reversal wherever a network runs: writes docs/contexts.md, fills docs/why.md.
+"""Measures where a gradient reversal is lost: writes docs/contexts.md, fills the table of docs/why.md.
 
     python docs/measure_contexts.py
 
@@ -54,26 +54,27 @@ SHORT = {
 
 START, END = "<!-- measured by docs/measure_contexts.py -->", "<!-- end of what is measured -->"
 
-PAGE = """# What becomes of a reversal
+PAGE = """# Where reversals are lost
 
-Each cell is one run: the reversal stands in the middle of a small network, and the gradient at its input is
-compared bit for bit with the one that calculus gives. **LOST**: no error, and the gradient is not reversed.
+Each row is a way to run a network, each column a way to write the reversal. A small network with a reversal
+in its middle is run, and the gradient at the reversal's input is compared with the right one, bit for bit.
+**LOST** means that there is no error and the gradient is not reversed.
 
 Measured on {date} with
 {versions},
-by `python docs/measure_contexts.py`. Each row of this library's
-columns is a process that ran nothing before; each other column is one process. The tests run every row as the
-first call of a process and as a later one, in processes that import torch, grl_surgery, timm, torchvision,
-transformers or lightning first.
+by `python docs/measure_contexts.py`.
+For this library's columns, each row ran in a new process. Each other column ran in one process. The tests run
+every row as the first call of a process and as a later one, in processes that import torch, grl_surgery,
+timm, torchvision, transformers or lightning first.
 
 {table}
 
-The pasted forms are written out in `tests/pasted_reversals.py`, the contexts in `tests/reversal_contexts.py`.
-An in-place operation right behind a pasted form is an error in eager mode already.
+`tests/pasted_reversals.py` contains the pasted forms, and `tests/reversal_contexts.py` the contexts. An
+in-place operation right after a pasted form is an error even in eager mode.
 
 {rest}"""
 
-REST = "## What is no row of the table"
+REST = "## Beside the table"
 """The part of the page that is written by hand begins here."""
 
 PROGRAM = """

@@ -1,9 +1,9 @@
-"""Adversarial examples: behind a reversal, the optimizer that trains becomes one that attacks.
+"""Adversarial examples: with a reversal after its input, training becomes an attack.
 
-1. A photograph that a pretrained network knows is changed a little, by an optimizer that *minimises* the loss
-   of its true class: behind the reversal that makes the loss grow.
-2. The same in training, from the same backward pass: the weights descend, the changes of the images ascend.
-   What comes out withstands changes that the plainly trained network does not.
+1. A photograph is changed a little by steps that *minimise* the loss of the predicted class. The reversal
+   makes the loss grow instead.
+2. In training, one backward pass serves both: the weights descend, and the changes of the images ascend. The
+   trained network withstands changes that a plainly trained one does not.
 
     python examples/adversarial.py
     python examples/adversarial.py --plot adversarial.png

@@ -1,7 +1,7 @@
-"""CDAN (Long et al. 2018): the domain head sees each feature together with the class that it is taken for.
+"""CDAN (Long et al. 2018): the domain head reads each feature together with the predicted class.
 
-The same data and network as examples/cnn.py. The head is conditioned on the class logits, and counts the
-samples more that the network is sure of (CDAN+E).
+The data and the network are those of examples/cnn.py. The head is conditioned on the class logits. Samples
+with a confident prediction count more (CDAN+E).
 
     python examples/cdan.py
 """

@@ -1,9 +1,9 @@
 """Unsupervised domain adaptation of a CNN in one page: DANN (Ganin et al. 2016), by surgery from outside.
 
-Digits with labels are the source, digits blended into photographs, without labels, the target. The same
-network is trained without and with a domain head; only what is printed at the end looks at target labels.
-The loop in its shortest form: so few steps from scratch adapt nothing yet. examples/train_dann.py has a
-pretrained backbone and everything else that a run in earnest needs.
+The source is digits with labels, the target digits blended into photographs, without labels. The same network
+is trained without and with a domain head. Target labels are used only for the accuracy printed at the end.
+This is the loop in its shortest form. So few steps from scratch adapt nothing yet. examples/train_dann.py has
+a pretrained backbone and everything else that a real run needs.
 
     python examples/cnn.py
     python examples/cnn.py --seeds 0 1 2

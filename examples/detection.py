@@ -1,8 +1,8 @@
 """Domain-adaptive Faster R-CNN (Chen et al. 2018), by surgery on torchvision's from outside.
 
-Nobody can trace a detector: it decides by what it finds, and returns losses in train mode and boxes in eval
-mode. Its two domain heads come out behind that, at the end of a tuple: one that reads the backbone's feature
-map, position by position, and one that reads the feature vector of every box.
+A detector cannot be traced: what it computes depends on what it finds. It returns losses in train mode and
+boxes in eval mode. Two domain heads are attached: one reads the backbone's feature map, position by position,
+the other the feature vector of every box. Their logits are added to the dict of losses.
 
     python examples/detection.py
 

@@ -1,7 +1,7 @@
-"""Reversal on one edge: the residual branch of a block unlearns what its shortcut goes on learning.
+"""Reversal on one edge: a block's residual branch gets the reversed gradient, its shortcut the plain one.
 
 In a residual network, one use of a value is reversed and the other is not. The report says which parameters
-are flipped, which are mixed, and which are as they were; then the network takes a few steps of training.
+are flipped, mixed or unchanged. Then the network takes a few steps of training.
 
     python examples/edge.py
     python examples/edge.py --network resnet50

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, note, settings
 from hypothesis import strategies as st
+from hypothesis.internal.conjecture.providers import HypothesisProvider
 from oracles import snapshot
 from plain_interpreter import Interpreter, Reversal
 from random_networks import BATCH, SHAPES, Block, blocks, build, set_modes, source_of
@@ -289,6 +290,12 @@ def _equal(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:
     if first is None or second is None:
         return first is second
     return torch.equal(first, second)
+
+
+@pytest.fixture(autouse=True)
+def examples_that_hang_on_nothing_else(monkeypatch):
+    """Hypothesis also draws constants out of whatever modules other tests have loaded in this process."""
+    monkeypatch.setattr(HypothesisProvider, "_maybe_draw_constant", lambda *_, **__: None)
 
 
 ALIKE = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), print_blob=False)
