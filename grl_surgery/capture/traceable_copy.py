@@ -49,8 +49,9 @@ class TwinModules(dict[int, nn.Module]):
     ) -> None:
         super().__init__()
         self.model, self.mode, self.call, self.read, self.hidden = model, mode, call, read, hidden
-        self.originals = {id(module): (path, module) for path, module in modules_by_path(model).items()}
-        self.paths = {key: path for key, (path, _) in self.originals.items()}
+        self.originals = modules_by_path(model)
+        self.paths = {id(module): path for path, module in self.originals.items()}  # the copies' join them
+        self.known = frozenset(self.paths)
         self.plain_tensors: dict[torch.Tensor, str] = {}
         self.redirection = ReferenceRemapper(self)
 
@@ -65,13 +66,14 @@ class TwinModules(dict[int, nn.Module]):
 
     def original_of(self, twin: nn.Module) -> nn.Module:
         """What a copy was made from."""
-        return self.model.get_submodule(self.paths[id(twin)])
+        return self.originals[self.paths[id(twin)]]
 
     def __contains__(self, key: object) -> bool:
-        return key in self.originals
+        return key in self.known
 
     def __missing__(self, key: int) -> nn.Module:
-        path, module = self.originals[key]
+        path = self.paths[key]
+        module = self.originals[path]
         twin: nn.Module = object.__new__(type(module))
         self[key] = twin
         self.paths[id(twin)] = path

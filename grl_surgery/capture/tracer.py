@@ -108,7 +108,7 @@ class Tracer(AskedTracer):
     @functools.cached_property
     def module_names(self) -> set[str]:
         """The attributes under which the network's modules lie."""
-        return {path.rpartition(".")[2] for path, _ in self.twins.originals.values()} - {""}
+        return {path.rpartition(".")[2] for path in self.twins.originals} - {""}
 
     # -- structure
 

@@ -139,11 +139,11 @@ def check_model(model: Any, verb: str) -> None:
             f"this network is wrapped in {kind}, which would run the old network: cut first, then wrap",
             example=f"{verb}(model.{inner[kind]}, ...)",
         )
+    modules = modules_by_path(model)
     if verb in _CUTS:
-        _check_not_sharded(model, verb)
+        _check_not_sharded(modules, verb)
     if isinstance(model, torch.jit.ScriptModule):
         raise SurgeryError(f"{verb} cannot cut a scripted network: pass the nn.Module that it was made from")
-    modules = modules_by_path(model)
     compiled = [path or "the root" for path, module in modules.items() if module.__dict__.get(COMPILED)]
     if compiled and verb in _CUTS:
         raise SurgeryError(
@@ -153,8 +153,8 @@ def check_model(model: Any, verb: str) -> None:
         )
 
 
-def _check_not_sharded(model: nn.Module, verb: str) -> None:
-    for path, module in modules_by_path(model).items():
+def _check_not_sharded(modules: Mapping[str, nn.Module], verb: str) -> None:
+    for path, module in modules.items():
         kinds = {type(module), *map(type, module._parameters.values())}
         sharded = set[str]().union(*map(_sharding_classes, kinds))
         if sharded:
